@@ -1,0 +1,43 @@
+# Everything happens in .venv, which the first target that needs it creates: no activation, nothing outside this folder.
+# Needs python3 (with venv) and a C++ compiler; cmake and ninja come from pip.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.puna-installed
+
+# The tests' own threads are few because two processes run them.
+PYTEST_ARGS ?= -n 2
+
+.PHONY: demo test lint format clean
+
+demo: $(INSTALLED)
+	$(BIN)/puna generate --model demo --stats "Once upon a time"
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis src/puna/_kernels*.so
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An editable install: Python files are used where they lie, so only these files make it out of date.
+# The build tools come first and the package is built with them (no build isolation): the exact versions then hold for
+# the build too, and build/ keeps working from one build to the next. Every pip line carries the constraints; without
+# them pip would choose the newest torch.
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	@echo "Setting up $(VENV); the first time this downloads PyTorch and takes a minute or more."
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
