@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 FROZEN: Final = Path(__file__).with_name("cli_flags.txt")
 
 
 def command_line() -> list[str]:
-    """A line per command and per option or argument: 'puna generate --top-k INTEGER = 0'."""
+    """A line per command and per option or argument: 'puna generate --top-k int = 0'."""
     import typer.main
 
     from puna.cli import app
@@ -24,31 +25,31 @@ def command_line() -> list[str]:
     return sorted(_lines(typer.main.get_command(app), "puna"))
 
 
-# click's own classes are not named: newer releases of typer bring their copy of them.
+# No class of click's is named: newer releases of typer bring their own copy, whose parameters have lost their `type`.
+# The annotations of the function behind the command say it in every release.
 def _lines(command: Any, name: str) -> Iterator[str]:
     yield name
+    types = get_type_hints(inspect.unwrap(command.callback)) if command.callback else {}
     for parameter in command.params:
-        if getattr(parameter, "hidden", False):
-            continue
-        yield f"{name} {_describe(parameter)}"
+        if not getattr(parameter, "hidden", False):
+            yield f"{name} {_describe(parameter, types.get(parameter.name))}"
     for child_name, child in getattr(command, "commands", {}).items():
         if not child.hidden:
             yield from _lines(child, f"{name} {child_name}")
 
 
-def _describe(parameter: Any) -> str:
+def _describe(parameter: Any, kind: Any) -> str:
     if parameter.param_type_name == "argument":
-        names = parameter.name.upper()
+        words = [parameter.name.upper()]
     else:
-        names = "/".join([*parameter.opts, *parameter.secondary_opts])
-    choices = getattr(parameter.type, "choices", None)
-    kind = "|".join(_plain(choice) for choice in choices) if choices else str(parameter.type.name).upper()
-    words = [names, kind]
-    if parameter.nargs == -1 or getattr(parameter, "multiple", False):
-        words.append("...")
+        words = ["/".join([*parameter.opts, *parameter.secondary_opts])]
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        words.append("|".join(str(member.value) for member in kind))
+    elif kind is not None:
+        words.append(kind.__name__ if type(kind) is type else str(kind).replace("pathlib.", "").replace("typing.", ""))
     if parameter.required:
         words.append("required")
-    elif not callable(parameter.default) and parameter.default is not None:
+    elif parameter.default is not None and not callable(parameter.default):
         words.append(f"= {_plain(parameter.default)}")
     return " ".join(words)
 
@@ -78,7 +79,7 @@ def test_every_frozen_command_has_help() -> None:
 
 
 def _is_flag(line: str) -> bool:
-    return any(word.startswith("-") or word.isupper() for word in line.split())
+    return any(word.startswith("-") or word.isupper() for word in line.split())  # options, and names of arguments
 
 
 if __name__ == "__main__":
