@@ -1,0 +1,53 @@
+"""What every kind of checkpoint offers: config fields, and tensors under Hugging Face's names."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from puna.config import GenerationConfig
+
+
+class Checkpoint(ABC):
+    """A model's files. Opening one reads no tensor values; `read` reads one tensor, or a part of it."""
+
+    folder: Path
+
+    @property
+    def source(self) -> str:
+        """What to call it in messages."""
+        return str(self.folder)
+
+    @property
+    @abstractmethod
+    def config_fields(self) -> Mapping[str, Any]:
+        """The fields as a Hugging Face config.json has them."""
+
+    @property
+    @abstractmethod
+    def config_source(self) -> str:
+        """The file that the fields are from, for messages."""
+
+    @property
+    @abstractmethod
+    def generation_config(self) -> GenerationConfig: ...
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, sorted."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def dtype(self, name: str) -> str:
+        """ "float32", "bfloat16" or "float16", or the format's own name for any other."""
+
+    @abstractmethod
+    def read(self, name: str, source: tuple[slice, ...]) -> Tensor:
+        """The slices `source` (one an axis, with both ends) of a tensor, on the CPU, in the stored dtype."""

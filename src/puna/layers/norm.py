@@ -1,0 +1,30 @@
+"""RmsNorm: root-mean-square normalisation with a learned scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from puna.config import LLaMAConfig
+from puna.distributed import Communicator
+from puna.layers.pieces import Piece, PiecewiseModule, op_table, parameter_piece, torch_dtype
+
+
+class RmsNorm(PiecewiseModule):
+    """x [..., size] -> [..., size], normalised over the last axis; the same on every rank."""
+
+    def __init__(self, size: int, config: LLaMAConfig, comm: Communicator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch_dtype(config.dtype)))
+        self.epsilon = config.rms_norm_eps
+        self.ops = op_table(config, comm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.epsilon)
+
+    def pieces(self) -> list[Piece]:
+        rows = slice(0, self.weight.shape[0])
+        return [parameter_piece("weight", self.weight, self.weight.shape[0], rows, rows)]
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, epsilon={self.epsilon}"

@@ -1,0 +1,65 @@
+"""Piece: which part of which checkpoint tensor a layer holds, and how to put it there; the loader knows no more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from puna.config import LLaMAConfig
+from puna.distributed import Communicator
+from puna.ops import OpSpec, OpTable, table
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor as checkpoints have it: unfused and unsharded.
+
+    `name` is relative to the layer ("q.weight" of a fused q/k/v projection), `full_shape` is the shape in a checkpoint,
+    `source` the slices of it that this rank holds. `write` takes the tensor at those slices and puts it in place,
+    padding included; `read` gives it back.
+    """
+
+    name: str
+    full_shape: tuple[int, ...]
+    source: tuple[slice, ...]
+    write: Callable[[Tensor], None]
+    read: Callable[[], Tensor]
+
+
+class PiecewiseModule(nn.Module, ABC):
+    """A layer with parameters of its own, which says what pieces of a checkpoint they are made of."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]: ...
+
+
+def parameter_piece(name: str, parameter: Tensor, full_size: int, source: slice, target: slice) -> Piece:
+    """The piece that is the rows `target` of a parameter, whose first axis is `full_size` long in a checkpoint."""
+
+    def write(tensor: Tensor) -> None:
+        with torch.no_grad():
+            parameter[target].copy_(tensor)
+
+    rest = tuple(parameter.shape[1:])
+    return Piece(
+        name=name,
+        full_shape=(full_size, *rest),
+        source=(source, *(slice(0, size) for size in rest)),
+        write=write,
+        read=lambda: parameter.detach()[target],
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a config's dtype name."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return dtypes[name]
+
+
+def op_table(config: LLaMAConfig, comm: Communicator) -> OpTable:
+    """The ops that a layer of this model calls on this rank's device."""
+    return table(OpSpec(device=comm.device, dtype=torch_dtype(config.dtype), head_size=config.head_size))

@@ -1,0 +1,48 @@
+"""The model families, and `load_model`, which picks one by a checkpoint's architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as ReadOnlyDict
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from puna.checkpoints import open_checkpoint
+from puna.config import LLaMAConfig
+from puna.distributed import Communicator
+from puna.mapping import Mapping
+from puna.models.llama import LLaMAForCausalLM
+from puna.models.loading import load_weights
+from puna.models.mistral import MistralForCausalLM
+from puna.models.mixtral import MixtralForCausalLM
+from puna.models.qwen2 import Qwen2ForCausalLM
+from puna.models.qwen3 import Qwen3ForCausalLM
+
+_CLASSES = (LLaMAForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+# By the name in config.json's `architectures`; puna.config.FAMILIES says how each one's config is read.
+MODELS: ReadOnlyDict[str, type[LLaMAForCausalLM]] = MappingProxyType({model.architecture: model for model in _CLASSES})
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+    mapping: Mapping | None = None,
+    comm: Communicator | None = None,
+) -> LLaMAForCausalLM:
+    """Loads a checkpoint: a folder, or the id of one on the Hugging Face hub, or "demo" for the model in the package.
+
+    `dtype` is float32, bfloat16 or float16; None means the checkpoint's. With a `mapping` of several ranks, this rank's
+    slice alone is read, and torch.distributed must be initialised; `comm` brings another communicator instead.
+
+    Raises FileNotFoundError where there is no checkpoint, and ValueError, before any weight is read, for an
+    architecture or option that is not supported, and for missing, surplus, misshapen or truncated tensors.
+    """
+    checkpoint = open_checkpoint(path)
+    config = LLaMAConfig.from_fields(checkpoint.config_fields, checkpoint.config_source)
+    return load_weights(MODELS[config.architecture], checkpoint, dtype, device, mapping, comm)
+
+
+__all__ = ["MODELS", "LLaMAForCausalLM", "load_model"]

@@ -1,0 +1,149 @@
+"""Filling a model with a checkpoint's tensors, one at a time, and writing a model out as a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping as ReadOnlyDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from torch import Tensor
+
+from puna.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from puna.config import Dtype, LLaMAConfig
+from puna.distributed import Communicator, NullCommunicator, TorchCommunicator
+from puna.layers.pieces import Piece
+from puna.mapping import Mapping
+
+if TYPE_CHECKING:
+    from puna.models.llama import LLaMAForCausalLM
+
+Model = TypeVar("Model", bound="LLaMAForCausalLM")
+
+# What old versions of transformers wrote beside the weights; the values follow from the config.
+_DERIVED_TENSORS = (".rotary_emb.inv_freq",)
+
+
+def load_weights(
+    model_class: type[Model],
+    path: str | Path | Checkpoint,
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+    mapping: Mapping | None = None,
+    comm: Communicator | None = None,
+) -> Model:
+    """Builds the class for a checkpoint and fills it; see `puna.load_model`.
+
+    Peak memory is that of this rank's weights and the largest tensor: everything is checked first on a model without
+    storage, then each tensor is read, copied into place and dropped.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    config = resolved_config(checkpoint, dtype)
+    if model_class.architecture != config.architecture:
+        raise ValueError(
+            f"{checkpoint.source} is a {config.architecture}, not a {model_class.architecture}: use puna.load_model, which "
+            "picks the class"
+        )
+    if comm is None:
+        several = mapping is not None and mapping.world_size > 1
+        comm = TorchCommunicator(mapping, device) if several and mapping is not None else NullCommunicator(device)
+    with torch.device("meta"):
+        model = model_class(config, comm)
+        whole = model if comm.mapping.world_size == 1 else model_class(config)
+    check_tensors(checkpoint, dict(whole.pieces()), config)
+
+    model.to_empty(device=comm.device)
+    model.tie_weights()
+    pieces = list(model.pieces())
+    with _progress() as progress:
+        task = progress.add_task(
+            "loading weights", total=sum(_bytes_of(piece, checkpoint, name) for name, piece in pieces)
+        )
+        for name, piece in pieces:
+            piece.write(checkpoint.read(name, piece.source))
+            progress.advance(task, _bytes_of(piece, checkpoint, name))
+    model.generation_config = checkpoint.generation_config
+    return model.eval()
+
+
+def save_model(
+    model: LLaMAForCausalLM, folder: str | Path, extra_files: ReadOnlyDict[str, bytes] | None = None
+) -> None:
+    """Writes an unsharded model as a Hugging Face folder that puna and transformers load; see `write_checkpoint`.
+
+    Raises ValueError for a model that holds only one rank's part.
+    """
+    if model.comm.mapping.world_size > 1:
+        raise ValueError(
+            f"this model is one of {model.comm.mapping.world_size} parts: load it without a mapping to save it"
+        )
+    tensors: dict[str, Tensor] = {name: piece.read().contiguous().cpu() for name, piece in model.pieces()}
+    generation: dict[str, Any] = {"eos_token_id": list(model.generation_config.eos_token_ids) or None}
+    generation["bos_token_id"] = model.generation_config.bos_token_id
+    generation["pad_token_id"] = model.generation_config.pad_token_id
+    write_checkpoint(Path(folder), model.config.to_hugging_face(), generation, tensors, extra_files or {})
+
+
+def resolved_config(checkpoint: Checkpoint, dtype: str | None) -> LLaMAConfig:
+    """The checkpoint's config in the dtype asked for, or else the one that its config or else its tensors have."""
+    fields = checkpoint.config_fields
+    config = LLaMAConfig.from_fields(fields, checkpoint.config_source)
+    if dtype is None and fields.get("torch_dtype") is None and fields.get("dtype") is None:
+        dtype = checkpoint.dtype(checkpoint.names[0]) if checkpoint.names else None
+    if dtype is None:
+        return config
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype is {dtype!r}: use {', '.join(get_args(Dtype))}")
+    return dataclasses.replace(config, dtype=cast(Dtype, dtype))
+
+
+def check_tensors(checkpoint: Checkpoint, pieces: ReadOnlyDict[str, Piece], config: LLaMAConfig) -> None:
+    """Raises ValueError unless the checkpoint has exactly the tensors of these pieces, in their shapes."""
+    names = set(checkpoint.names)
+    missing = sorted(pieces.keys() - names)
+    if missing:
+        raise ValueError(
+            f"{checkpoint.source} has no tensor {_listed(missing)}: the download is incomplete, or config.json describes "
+            "another model"
+        )
+    surplus = {name for name in names - pieces.keys() if not name.endswith(_DERIVED_TENSORS)}
+    if config.tie_embeddings:
+        surplus.discard("lm_head.weight")
+    if surplus:
+        raise ValueError(
+            f"{checkpoint.source} has the tensor {_listed(sorted(surplus))}, which a {config.architecture} with this "
+            "config.json does not use: it is made for another model"
+        )
+    for name, piece in pieces.items():
+        if checkpoint.shape(name) != piece.full_shape:
+            raise ValueError(
+                f"{checkpoint.source}: {name} has the shape {checkpoint.shape(name)}, but config.json asks for "
+                f"{piece.full_shape}"
+            )
+        if checkpoint.dtype(name) not in get_args(Dtype):
+            raise ValueError(
+                f"{checkpoint.source}: {name} is stored as {checkpoint.dtype(name)}: puna reads {', '.join(get_args(Dtype))}"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _bytes_of(piece: Piece, checkpoint: Checkpoint, name: str) -> int:
+    count = 1
+    for part in piece.source:
+        count *= part.stop - part.start
+    return count * (4 if checkpoint.dtype(name) == "float32" else 2)
+
+
+def _progress() -> Progress:
+    """A bar on standard error if that is a terminal, gone when the loading is done."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())

@@ -1,0 +1,144 @@
+"""The op list: what each op computes, which backends offer it, and the choice among them with its reasons.
+
+Layers never call a backend by name. They ask `table(OpSpec(...))` once, when they are built, and call the functions of
+the `OpTable` that comes back. Shapes use these letters: T tokens, B sequences, S query length, L key length, H query
+heads, K key/value heads, D head size, E hidden, F mlp hidden, N outputs of a linear layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from puna.ops import reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """What a backend is told before it says whether it supports an op."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_size: int
+
+
+class PagedAttention(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        sequence_lengths: Tensor,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor: ...
+
+
+class DenseAttention(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class OpTable:
+    """The chosen function for each op. The reference backend's docstrings say what each one computes.
+
+    embedding(token_ids [...], weight [V, E]) -> [..., E]
+    linear(x [..., E], weight [N, E], bias [N] or None) -> [..., N]
+    rms_norm(x [..., E], weight [E], epsilon) -> [..., E]
+    rotary(x [..., heads, D], cos [..., D / 2], sin [..., D / 2]) -> [..., heads, D]
+    gated_activation(gate_up [..., 2 F], name of the activation) -> [..., F]
+    attention(query [B, H, S, D], key [B, K, L, D], value, key_mask [B, L] or None, scale, window) -> [B, H, S, D]
+    store_kv(key [T, K, D], value, key_cache [blocks, K, block size, D], value_cache, slot_mapping [T]) -> None
+    paged_attention(query [T, H, D], caches, block_tables [B, blocks], query_starts [B + 1], sequence_lengths [B],
+        scale, window) -> [T, H, D]
+    route_experts(router_logits [T, experts], experts per token) -> weights [T, k], expert indices [T, k]
+    """
+
+    embedding: Callable[[Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gated_activation: Callable[[Tensor, str], Tensor]
+    attention: DenseAttention
+    store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    paged_attention: PagedAttention
+    route_experts: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+OP_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(OpTable))
+
+
+class Backend(Protocol):
+    """A set of functions for some of the ops. `function` gives one, or the reason why it is not supported."""
+
+    @property
+    def name(self) -> str: ...
+
+    def function(self, op: str, spec: OpSpec) -> Callable[..., Any] | str: ...
+
+
+class ReferenceBackend:
+    """Plain torch, for every op on every device: the oracle, the fallback and the differentiable one."""
+
+    name = "reference"
+
+    def function(self, op: str, spec: OpSpec) -> Callable[..., Any] | str:
+        found: Callable[..., Any] = getattr(reference, op)
+        return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend serves an op, and why the ones that come before it do not."""
+
+    op: str
+    backend: str
+    refusals: tuple[str, ...]
+
+
+def backends_for(device: torch.device) -> tuple[Backend, ...]:
+    """The backends of a device, the preferred one first. The last one, the reference, supports everything."""
+    # Compiled CPU kernels and Triton kernels are put in front of the reference here, by the device's type.
+    return (ReferenceBackend(),)
+
+
+def choose(spec: OpSpec, backends: Iterable[Backend] | None = None) -> tuple[OpTable, tuple[Choice, ...]]:
+    """Picks for each op the first backend that supports it, and reports the choices.
+
+    Raises ValueError where no backend supports an op, with what each one said.
+    """
+    backends = tuple(backends_for(spec.device) if backends is None else backends)
+    functions: dict[str, Callable[..., Any]] = {}
+    choices = []
+    for op in OP_NAMES:
+        refusals: list[str] = []
+        for backend in backends:
+            answer = backend.function(op, spec)
+            if not isinstance(answer, str):
+                functions[op] = answer
+                choices.append(Choice(op, backend.name, tuple(refusals)))
+                break
+            refusals.append(f"{backend.name}: {answer}")
+        else:
+            raise ValueError(f"no backend supports {op} for {spec}: {'; '.join(refusals) or 'there is none'}")
+    return OpTable(**functions), tuple(choices)
+
+
+def table(spec: OpSpec) -> OpTable:
+    """The functions that a layer of this spec calls."""
+    return choose(spec)[0]

@@ -1,0 +1,130 @@
+"""The plain torch version of every op: the oracle, the fallback and the differentiable one. Shape letters: see ops."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of `weight` [V, E] for `token_ids` [...] -> [..., E]. Raises IndexError for an id outside of 0..V-1."""
+    return F.embedding(token_ids, weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., E] @ weight [N, E] transposed, plus bias [N] -> [..., N]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, the mean in float32 (Zhang and Sennrich, 2019)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pair (i, i + D/2) of every head by its angle (RoFormer, Su et al., 2021).
+
+    x [..., heads, D]; cos and sin float32 [..., D / 2], one row a token. The rounding follows Hugging Face's: the
+    angles are rounded to x's dtype before the products.
+    """
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, where gate_up [..., 2 F] holds gate first (GLU variants, Shazeer, 2020) -> [..., F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gelu":
+        return F.gelu(gate) * up
+    if activation == "gelu_pytorch_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    if activation == "relu":
+        return F.relu(gate) * up
+    raise ValueError(f"activation is {activation!r}: use silu, gelu, gelu_pytorch_tanh or relu")
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention of the last S of L positions over all L: query [B, H, S, D], key and value [B, K, L, D].
+
+    Query i stands at position L - S + i; it sees the positions up to its own, with `sliding_window` only that many of
+    them, and of these the ones where `key_mask` [B, L] is true. A query that sees nothing (padding) gets an arbitrary
+    finite result. -> [B, H, S, D]
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    windowed = sliding_window is not None and keys > sliding_window
+    if key_mask is None and not windowed and queries in (1, keys):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=queries > 1, scale=scale, enable_gqa=grouped)
+    query_positions = torch.arange(keys - queries, keys, device=query.device)[:, None]
+    key_positions = torch.arange(keys, device=query.device)[None, :]
+    visible = key_positions <= query_positions
+    if sliding_window is not None:
+        visible = visible & (key_positions > query_positions - sliding_window)
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    # The lowest finite number instead of -inf: a row of padding that sees nothing must not turn into NaN, which would
+    # reach the gradients of the others.
+    bias = torch.where(visible, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
+
+
+def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Writes key and value [T, K, D] into the caches [blocks, K, block size, D]; slot = block * block size + offset."""
+    block_size = key_cache.shape[2]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    key_cache[blocks, :, offsets] = key.to(key_cache.dtype)
+    value_cache[blocks, :, offsets] = value.to(value_cache.dtype)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    sequence_lengths: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention of each sequence's newest tokens over its cached keys and values (vLLM, Kwon et al., 2023).
+
+    Rows query_starts[b] .. query_starts[b + 1] of query [T, H, D] are the last tokens of sequence b, which has
+    sequence_lengths[b] tokens in the blocks block_tables[b], those rows' own included. -> [T, H, D]
+    """
+    output = torch.empty_like(query)
+    starts, lengths = query_starts.tolist(), sequence_lengths.tolist()
+    block_size = key_cache.shape[2]
+    for b, length in enumerate(lengths):
+        rows = slice(starts[b], starts[b + 1])
+        blocks = block_tables[b, : -(-length // block_size)]
+        # [blocks, K, block size, D] -> [1, K, length, D]
+        key, value = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(query.dtype).unsqueeze(0)
+            for cache in (key_cache, value_cache)
+        )
+        one = attention(query[rows].transpose(0, 1).unsqueeze(0), key, value, None, scale, sliding_window)
+        output[rows] = one.squeeze(0).transpose(0, 1)
+    return output
+
+
+def route_experts(router_logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """The weights and indices of the experts with the highest probability, renormalised to sum to one (Mixtral, 2024).
+
+    router_logits [T, experts] -> float32 weights [T, experts_per_token], int64 indices [T, experts_per_token]
+    """
+    probabilities = torch.softmax(router_logits.float(), dim=-1)
+    weights, indices = torch.topk(probabilities, experts_per_token, dim=-1)
+    return weights / weights.sum(dim=-1, keepdim=True), indices
