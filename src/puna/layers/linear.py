@@ -36,8 +36,8 @@ class Segment:
         if size % self.units == 0:
             return 1
         raise ValueError(
-            f"{self.name or 'the layer'} has {self.units} parts, which {size} ranks can't share evenly: choose a tp_size that "
-            f"divides {self.units}"
+            f"{self.name or 'the layer'} has {self.units} parts, which {size} ranks can't share evenly: choose a "
+            f"tp_size that divides {self.units}"
         )
 
     def source(self, mapping: Mapping) -> slice:
@@ -136,8 +136,8 @@ class ColumnLinear(_Linear):
 class RowLinear(_Linear):
     """x [..., this rank's inputs] -> [..., out_features], summed over the ranks unless `reduce_output` is off.
 
-    The bias is added once, on the first rank of the group. `in_features` counts the inputs of all ranks. Raises ValueError
-    where they can't be split evenly.
+    The bias is added once, on the first rank of the group. `in_features` counts the inputs of all ranks. Raises
+    ValueError where they can't be split evenly.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """RotaryEmbedding: the angle by which each pair of a head's channels is rotated at a position.
 
 Sources: the embedding itself, Su et al. 2021 (RoFormer); linear scaling, Chen et al. 2023 (positional interpolation);
-dynamic, the "NTK-aware" scaling by bloc97 and emozilla; yarn, Peng et al. 2023; llama3, Meta's Llama 3.1 reference code;
-longrope, Ding et al. 2024. The float32 operations are in the order in which Hugging Face's do them: at position 4,000 a
-difference in the last bit of a frequency is an angle of 2e-4, which shows in the logits.
+dynamic, the "NTK-aware" scaling by bloc97 and emozilla; yarn, Peng et al. 2023; llama3, Meta's Llama 3.1 reference
+code; longrope, Ding et al. 2024. The float32 operations are in the order in which Hugging Face's do them: at position
+4,000 a difference in the last bit of a frequency is an angle of 2e-4, which shows in the logits.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class RotaryEmbedding(nn.Module):
     def forward(self, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """position_ids [...] -> cosines and sines, each float32 [..., D / 2], scaled by the attention factor.
 
-        `lengths`, of a shape that broadcasts to that of `position_ids`, is the length of each token's sequence, by which
-        dynamic and longrope choose their frequencies; it must be given for these two.
+        `lengths`, of a shape that broadcasts to that of `position_ids`, is the length of each token's sequence, by
+        which dynamic and longrope choose their frequencies; it must be given for these two.
         """
         if self._inv_freq.device != position_ids.device:
             self._inv_freq = self._inv_freq.to(position_ids.device)
@@ -76,7 +76,7 @@ def _exponents(head_size: int) -> Tensor:
 
 
 def _inverse_frequencies(config: LLaMAConfig) -> tuple[Tensor, Tensor]:
-    """The frequencies [D / 2] in radians a position, and those for long sequences (other than the first in longrope only)."""
+    """The frequencies [D / 2] in radians a position, and those for long sequences, which differ in longrope only."""
     scaling, base, size = config.rotary_scaling, config.rotary_base, config.head_size
     inv_freq = 1.0 / (base ** _exponents(size))
     if scaling is None or scaling.type == "dynamic":

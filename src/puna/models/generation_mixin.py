@@ -13,8 +13,9 @@ from puna.layers.params import KeyValueCacheParams
 from puna.models import logits as choose
 
 if TYPE_CHECKING:
+    from puna.config import GenerationConfig, LLaMAConfig
+    from puna.distributed import Communicator
     from puna.layers.attention import Present
-    from puna.models.llama import LLaMAForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class GenerationOptions:
     temperature 0 means greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 mean off. `seed` makes a sampled run
     repeatable. eos_token_id and pad_token_id default to the checkpoint's; an empty eos_token_id never stops. The last
     four belong to beam search (num_beams above 1): a finished beam's score is its log-probability divided by
-    length ** length_penalty; early_stopping True ends a prompt when it has num_beams finished ones, False when a better one
-    is unlikely, "never" when it is impossible.
+    length ** length_penalty; early_stopping True ends a prompt when it has num_beams finished ones, False when a better
+    one is unlikely, "never" when it is impossible.
     """
 
     max_new_tokens: int = 64
@@ -64,14 +65,20 @@ class GenerationOptions:
 class GenerationMixin:
     """`generate` and `stream` for a causal language model that is whole on this rank or split by tensors only."""
 
-    def generate(
-        self: LLaMAForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    config: LLaMAConfig
+    generation_config: GenerationConfig
+    comm: Communicator
+
+    if TYPE_CHECKING:  # what the model brings
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """Continues each row of input_ids int64 [B, S]; see GenerationOptions for the options.
 
         attention_mask [B, S] is 1 where a token is real; rows may be padded on either side. Returns the rows with what
-        was generated after them, [B * num_return_sequences, S + generated], finished rows filled with the pad token; the
-        best sequences of a prompt stand together, best first.
+        was generated after them, [B * num_return_sequences, S + generated], finished rows filled with the pad token;
+        the best sequences of a prompt stand together, best first.
 
         Raises ValueError for an option out of range, an empty row, or more tokens than the context holds.
         """
@@ -87,9 +94,7 @@ class GenerationMixin:
             row[: len(sequence)] = sequence
         return torch.cat((input_ids.repeat_interleave(settings.num_return_sequences, dim=0), new), dim=1)
 
-    def stream(
-        self: LLaMAForCausalLM, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> Iterator[Tensor]:
+    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """The same step by step, without beams: yields the next token of each row, [B], as soon as it is chosen."""
         settings = self._settings(input_ids, attention_mask, options)
         if settings.num_beams > 1:
@@ -97,9 +102,7 @@ class GenerationMixin:
         return self._steps(input_ids, attention_mask, settings)
 
     @torch.inference_mode()
-    def _steps(
-        self: LLaMAForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, settings: GenerationOptions
-    ) -> Iterator[Tensor]:
+    def _steps(self, input_ids: Tensor, attention_mask: Tensor | None, settings: GenerationOptions) -> Iterator[Tensor]:
         tokens, mask = _left_padded(input_ids, attention_mask)
         generator = None
         if settings.seed is not None:
@@ -122,7 +125,7 @@ class GenerationMixin:
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
 
     @torch.inference_mode()
-    def _beam_search(self: LLaMAForCausalLM, prompt: Tensor, settings: GenerationOptions) -> list[Tensor]:
+    def _beam_search(self, prompt: Tensor, settings: GenerationOptions) -> list[Tensor]:
         """The best continuations of prompt [S], best first, each [generated]; the rules are those of transformers."""
         beams, eos = (
             settings.num_beams,
@@ -168,7 +171,7 @@ class GenerationMixin:
         return [sequence for _, sequence in finished[: settings.num_return_sequences]]
 
     def _next_logits(
-        self: LLaMAForCausalLM, tokens: Tensor, mask: Tensor | None, presents: list[Present] | None
+        self, tokens: Tensor, mask: Tensor | None, presents: list[Present] | None
     ) -> tuple[Tensor, list[Present]]:
         """float32 logits [B, V] of what follows tokens [B, L], of which all but the last are in `presents` if given."""
         cache = None if presents is None else KeyValueCacheParams(past_key_value=presents)
@@ -177,9 +180,7 @@ class GenerationMixin:
         logits, presents = self(new, attention_mask=mask, use_cache=True, last_token_ids=last, kv_cache_params=cache)
         return logits.float(), presents
 
-    def _settings(
-        self: LLaMAForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
-    ) -> GenerationOptions:
+    def _settings(self, input_ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> GenerationOptions:
         known = GenerationOptions.__dataclass_fields__
         for name in options:
             if name not in known:
@@ -207,12 +208,12 @@ class GenerationMixin:
             )
         return settings
 
-    def _eos_tokens(self: LLaMAForCausalLM, settings: GenerationOptions) -> list[int]:
+    def _eos_tokens(self, settings: GenerationOptions) -> list[int]:
         if settings.eos_token_id is None:
             return list(self.generation_config.eos_token_ids)
         return [settings.eos_token_id] if isinstance(settings.eos_token_id, int) else list(settings.eos_token_id)
 
-    def _pad_token(self: LLaMAForCausalLM, settings: GenerationOptions) -> int:
+    def _pad_token(self, settings: GenerationOptions) -> int:
         for pad in (settings.pad_token_id, self.generation_config.pad_token_id, *self._eos_tokens(settings)):
             if pad is not None:
                 return pad
@@ -238,7 +239,8 @@ def _beams_are_done(
         return True
     if settings.early_stopping == "never" and settings.length_penalty > 0:
         length = settings.max_new_tokens
-    return best_running / length**settings.length_penalty <= finished[-1][0]
+    worst_finished, _ = finished[-1]
+    return bool(best_running / length**settings.length_penalty <= worst_finished)
 
 
 def _left_padded(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from puna.layers.mlp import GatedMLP
 from puna.layers.norm import RmsNorm
 from puna.layers.params import AttentionParams, KeyValueCacheParams
 from puna.layers.pieces import Piece, PiecewiseModule, torch_dtype
+from puna.layers.rotary import RotaryEmbedding
 from puna.mapping import Mapping
 from puna.models.generation_mixin import GenerationMixin
 from puna.models.loading import load_weights
@@ -83,6 +84,7 @@ class LLaMAModel(nn.Module):
         self.layers = nn.ModuleList(
             self.layer_class(config, layer_idx, self.comm) for layer_idx in mapping.pp_layers(config.num_layers)
         )
+        self.rotary = RotaryEmbedding(config)
         self.ln_f = RmsNorm(config.hidden_size, config, self.comm) if mapping.is_last_pp_rank() else None
 
     def forward(
@@ -109,7 +111,7 @@ class LLaMAModel(nn.Module):
                 "packed tokens need position_ids; their cache is the pool, so no use_cache or attention_mask"
             )
         elif attention_params.cos_sin is None:
-            cos_sin = self.layers[0].attention.rotary(position_ids, attention_params.rotary_lengths)
+            cos_sin = self.rotary(position_ids, attention_params.rotary_lengths)
             attention_params = dataclasses.replace(attention_params, cos_sin=cos_sin)
 
         presents: list[Present] = []
@@ -136,8 +138,8 @@ class LLaMAModel(nn.Module):
         past = 0 if kv_cache_params is None else kv_cache_params.past_length
         if attention_mask is not None and attention_mask.shape != (batch, past + new):
             raise ValueError(
-                f"attention_mask has the shape {tuple(attention_mask.shape)}: it must cover the {past} cached and {new} new "
-                f"tokens of {batch} sequences, {(batch, past + new)}"
+                f"attention_mask has the shape {tuple(attention_mask.shape)}: it must cover the {past} cached and "
+                f"{new} new tokens of {batch} sequences, {(batch, past + new)}"
             )
         if position_ids is not None:
             return position_ids
