@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
@@ -32,7 +32,7 @@ _RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt")
 class _GenerationBlocks(Extension):
     """`{% generation %}` marks the assistant's text for training; for a prompt it is its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (an instance attribute by jinja2's types)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
