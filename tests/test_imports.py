@@ -60,7 +60,7 @@ ONLY_IN: Final = MappingProxyType(
 )
 
 # Folders and files that work without torch: what decides is tested in microseconds and planned without a model.
-NO_TORCH: Final = ("config.py", "mapping.py", "scheduling/*", "planning/*")
+NO_TORCH: Final = ("config/*", "mapping.py", "scheduling/*", "planning/*")
 
 # Imports inside functions: in these files, to keep the command line quick, and of these optional packages anywhere.
 LATE_IMPORT_FILES: Final = ("__init__.py", "cli/*")
