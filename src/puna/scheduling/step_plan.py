@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class StepRow:
     """The newest tokens of one sequence: a chunk of its prompt, or the one token that was chosen last.
 
-    `first_position` is the position of the first of `token_ids`; everything before it is in the cache. `block_ids` are the
-    cache blocks of the whole sequence, in order, with room for these tokens. `prompt_length` counts the prompt's tokens.
+    `first_position` is the position of the first of `token_ids`; everything before it is in the cache. `block_ids` are
+    the cache blocks of the whole sequence, in order, with room for these tokens. `prompt_length` is the prompt's.
     """
 
     sequence_id: int
