@@ -264,8 +264,8 @@ class _BpeSegmenter:
 class _UnigramSegmenter:
     """Takes the segmentation of the highest total score (Viterbi), with sums in float32 as in sentencepiece.
 
-    Known limit: in texts of many thousand characters with unknown ones among them, two segmentations whose scores differ
-    by less than the rounding of the sum may be told apart otherwise than sentencepiece does.
+    Known limit: in texts of many thousand characters, unknown ones among them, two segmentations whose scores differ by
+    less than the rounding of the sum may be told apart otherwise than sentencepiece does.
     """
 
     def __init__(self, pieces: list[Piece]) -> None:
