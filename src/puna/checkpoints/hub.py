@@ -5,21 +5,41 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# What a model needs, and no more: no pickles, no copies of the weights in other formats.
-_WANTED = ("*.json", "*.jinja", "tokenizer.model", "*.safetensors")
-_UNWANTED = ("original/*", "consolidated*.safetensors", "onnx/*")
+import huggingface_hub  # its package loads its parts when they are first used, so this costs a local model nothing
+
+from puna.checkpoints.hugging_face import INDEX_FILE, SINGLE_FILE, index_files
+
+# Exact names, since a pattern such as *.json also matches the files of every subfolder.
+_SMALL_FILES = (
+    "config.json",
+    "params.json",
+    "generation_config.json",
+    INDEX_FILE,
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve_path(path: str | Path) -> Path:
     """The folder of a model: the path itself, the demo model's, or that of a hub id, downloaded first if needed.
 
-    Raises FileNotFoundError where it is none of these or can't be downloaded, and ValueError for a file.
+    Raises FileNotFoundError where it is none of these or can't be downloaded, and ValueError for a file, and for a hub
+    model that has no safetensors weights.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+        is_file = folder.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or "~name" of nobody here
+        raise FileNotFoundError(f"{str(path)[:100]} is not a folder ({error})") from error
+    if is_file:
         raise ValueError(f"{path} is a file: give the folder that it is in, which also holds config.json")
     if str(path) == "demo":
         return Path(__file__).parent.parent / "demo"
@@ -29,14 +49,33 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def _download(hub_id: str) -> Path:
-    import huggingface_hub
+    """Fetches the small files, then the weights that they call for: no pickles, and no second copy in another format.
 
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
+    Both steps name the same files each time, so that without a network they find what the last download left.
+    """
+    folder = _snapshot(hub_id, _SMALL_FILES)
+    if (folder / INDEX_FILE).is_file():
+        wanted = index_files(folder / INDEX_FILE)
+    elif (folder / "params.json").is_file() and not (folder / "config.json").is_file():
+        wanted = ["consolidated*.safetensors"]
+    else:
+        wanted = [SINGLE_FILE, "model-*-of-*.safetensors"]
+    folder = _snapshot(hub_id, (*_SMALL_FILES, *wanted))
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{hub_id} has no weights in safetensors files on the hub, and puna reads no pickles (.bin, .pth): convert "
+            "them with transformers (model.save_pretrained), or choose another copy of the model"
         )
+    return folder
+
+
+def _snapshot(hub_id: str, names: tuple[str, ...]) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(names)))
+    # Its errors have no common base: those of the HTTP library in use, of the file system and its own.
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), "no message")
         raise FileNotFoundError(
             f"{hub_id} is not a folder here, and could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+            f"({type(error).__name__}: {reason})"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -12,7 +12,8 @@ from puna.checkpoints.base import Checkpoint
 from puna.checkpoints.safetensors_files import SafetensorsFiles
 from puna.config import GenerationConfig, read_json_object
 
-_INDEX = "model.safetensors.index.json"
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -21,10 +22,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._config_fields = read_json_object(folder / "config.json")
-        self._files = SafetensorsFiles(_weight_files(folder))
-        index = folder / _INDEX
-        if index.is_file():
-            _check_index(index, self._files)
+        self._generation_config = GenerationConfig.from_hugging_face(folder)
+        self._files = _open_weights(folder)
 
     @property
     def config_fields(self) -> Mapping[str, Any]:
@@ -36,7 +35,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        return GenerationConfig.from_hugging_face(self.folder)
+        return self._generation_config
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,23 +51,32 @@ class HuggingFaceCheckpoint(Checkpoint):
         return self._files.read(name, source)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if index.is_file():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or any(not isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{index}: weight_map must be an object of file names: fetch the file again")
-        if any(Path(name).name != name for name in weight_map.values()):
-            raise ValueError(f"{index}: weight_map names a file outside of the folder")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which {_INDEX} names: fetch it")
-        return files
+def index_files(index: Path) -> list[str]:
+    """The names of the files that an index speaks of. Raises ValueError for a broken index."""
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file each tensor is in. The names are of files beside the index, whatever someone wrote into it."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map must be an object that names the file of each tensor: fetch it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map names {file!r}: it must be a .safetensors file in the same folder")
+    return weight_map
+
+
+def _open_weights(folder: Path) -> SafetensorsFiles:
+    # The single file goes first, as in transformers: who saves a model over a sharded one leaves the old index behind.
+    if (folder / SINGLE_FILE).is_file():
+        return SafetensorsFiles([folder / SINGLE_FILE])
+    if (folder / INDEX_FILE).is_file():
+        return _open_indexed(folder / INDEX_FILE)
     # Some folders also have the weights in their makers' own layout, as consolidated*.safetensors.
     files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if files:
-        return files
+        return SafetensorsFiles(files)
     pickles = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt") for file in folder.glob(kind))
     if pickles:
         raise ValueError(
@@ -78,8 +86,14 @@ def _weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no *.safetensors files: give the folder that holds the weights")
 
 
-def _check_index(index: Path, files: SafetensorsFiles) -> None:
-    named = read_json_object(index)["weight_map"]
-    absent = sorted(named.keys() - set(files.names))
+def _open_indexed(index: Path) -> SafetensorsFiles:
+    weight_map = _weight_map(index)
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
+    absent = [file.name for file in paths if not file.is_file()]
     if absent:
-        raise ValueError(f"{index} names {absent[0]}, which {named[absent[0]]} does not hold: fetch both files again")
+        raise FileNotFoundError(f"{index.parent} lacks {', '.join(absent)}, which {index.name} names: fetch it")
+    files = SafetensorsFiles(paths)
+    for name, file in weight_map.items():
+        if name not in files.names or files.file(name).name != file:
+            raise ValueError(f"{index} says that {name} is in {file}, which does not hold it: fetch both files again")
+    return files

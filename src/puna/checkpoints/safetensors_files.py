@@ -29,11 +29,13 @@ class SafetensorsFiles:
         for file in files:
             for name, entry in _header(file).items():
                 if name in self._entries:
-                    raise ValueError(
-                        f"{name} is in {self._entries[name].file.name} and in {file.name}: remove one of them"
-                    )
+                    other = self._entries[name].file
+                    raise ValueError(f"{name} is in {other} and in {file.name}: remove the file that does not belong")
                 self._entries[name] = entry
         self.names = tuple(sorted(self._entries))
+
+    def file(self, name: str) -> Path:
+        return self._entries[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
@@ -52,6 +54,8 @@ class SafetensorsFiles:
 
 def _header(file: Path) -> dict[str, _Entry]:
     """The tensors of one file, after the library has checked that the file is whole."""
+    if file.stat().st_size == 0:  # can't be mapped
+        raise ValueError(f"{file} is empty: fetch the file again")
     try:
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
@@ -60,5 +64,5 @@ def _header(file: Path) -> dict[str, _Entry]:
                 name: _Entry(file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
                 for name, part in slices.items()
             }
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{file} is damaged or incomplete ({error}): fetch the file again") from error

@@ -23,9 +23,9 @@ def write_checkpoint(
 ) -> None:
     """Writes config.json, generation_config.json, model.safetensors and the extra files.
 
-    Everything is first written into a hidden folder within and synced to disk; then each file is renamed into place, the
-    weights last, so that every file is the old or the new one as a whole, and the weights of a new folder mean that it is
-    complete. Other files in the folder stay.
+    Everything is first written into a hidden folder within and synced to disk; then each file is renamed into place,
+    the weights last, so that every file is the old or the new one as a whole, and the weights of a new folder mean that
+    it is complete. Other files in the folder stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from puna.checkpoints import open_checkpoint
-from puna.config import LLaMAConfig
+from puna.config import read_architecture
 from puna.distributed import Communicator
 from puna.mapping import Mapping
 from puna.models.llama import LLaMAForCausalLM
@@ -41,8 +41,8 @@ def load_model(
     architecture or option that is not supported, and for missing, surplus, misshapen or truncated tensors.
     """
     checkpoint = open_checkpoint(path)
-    config = LLaMAConfig.from_fields(checkpoint.config_fields, checkpoint.config_source)
-    return load_weights(MODELS[config.architecture], checkpoint, dtype, device, mapping, comm)
+    architecture = read_architecture(checkpoint.config_fields, checkpoint.config_source)
+    return load_weights(MODELS[architecture], checkpoint, dtype, device, mapping, comm)
 
 
 __all__ = ["MODELS", "LLaMAForCausalLM", "load_model"]

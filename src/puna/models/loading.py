@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping as ReadOnlyDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 import torch
 from rich.console import Console
@@ -45,28 +46,29 @@ def load_weights(
     config = resolved_config(checkpoint, dtype)
     if model_class.architecture != config.architecture:
         raise ValueError(
-            f"{checkpoint.source} is a {config.architecture}, not a {model_class.architecture}: use puna.load_model, which "
-            "picks the class"
+            f"{checkpoint.source} is a {config.architecture}, not a {model_class.architecture}: use puna.load_model, "
+            "which picks the class"
         )
     if comm is None:
         several = mapping is not None and mapping.world_size > 1
         comm = TorchCommunicator(mapping, device) if several and mapping is not None else NullCommunicator(device)
+    _check_layers(checkpoint, config)
     with torch.device("meta"):
         model = model_class(config, comm)
         whole = model if comm.mapping.world_size == 1 else model_class(config)
     check_tensors(checkpoint, dict(whole.pieces()), config)
+    model.generation_config = checkpoint.generation_config
 
     model.to_empty(device=comm.device)
     model.tie_weights()
     pieces = list(model.pieces())
-    with _progress() as progress:
+    with _progress(is_first_rank=comm.mapping.rank == 0) as progress:
         task = progress.add_task(
             "loading weights", total=sum(_bytes_of(piece, checkpoint, name) for name, piece in pieces)
         )
         for name, piece in pieces:
             piece.write(checkpoint.read(name, piece.source))
             progress.advance(task, _bytes_of(piece, checkpoint, name))
-    model.generation_config = checkpoint.generation_config
     return model.eval()
 
 
@@ -82,18 +84,18 @@ def save_model(
             f"this model is one of {model.comm.mapping.world_size} parts: load it without a mapping to save it"
         )
     tensors: dict[str, Tensor] = {name: piece.read().contiguous().cpu() for name, piece in model.pieces()}
-    generation: dict[str, Any] = {"eos_token_id": list(model.generation_config.eos_token_ids) or None}
-    generation["bos_token_id"] = model.generation_config.bos_token_id
-    generation["pad_token_id"] = model.generation_config.pad_token_id
-    write_checkpoint(Path(folder), model.config.to_hugging_face(), generation, tensors, extra_files or {})
+    config, generation = model.config.to_hugging_face(), model.generation_config.to_hugging_face()
+    write_checkpoint(Path(folder), config, generation, tensors, extra_files or {})
 
 
 def resolved_config(checkpoint: Checkpoint, dtype: str | None) -> LLaMAConfig:
     """The checkpoint's config in the dtype asked for, or else the one that its config or else its tensors have."""
     fields = checkpoint.config_fields
     config = LLaMAConfig.from_fields(fields, checkpoint.config_source)
-    if dtype is None and fields.get("torch_dtype") is None and fields.get("dtype") is None:
-        dtype = checkpoint.dtype(checkpoint.names[0]) if checkpoint.names else None
+    if dtype is None and fields.get("torch_dtype") is None and fields.get("dtype") is None and checkpoint.names:
+        # Norms are sometimes kept in float32: the largest tensor is what the model is stored in.
+        largest = max(checkpoint.names, key=lambda name: math.prod(checkpoint.shape(name)))
+        dtype = checkpoint.dtype(largest) if checkpoint.dtype(largest) in get_args(Dtype) else None
     if dtype is None:
         return config
     if dtype not in get_args(Dtype):
@@ -101,32 +103,45 @@ def resolved_config(checkpoint: Checkpoint, dtype: str | None) -> LLaMAConfig:
     return dataclasses.replace(config, dtype=cast(Dtype, dtype))
 
 
+def _check_layers(checkpoint: Checkpoint, config: LLaMAConfig) -> None:
+    """Raises ValueError for a config of many more layers than there are tensors: building a million takes minutes."""
+    parts = config.num_layers * max(config.num_experts, 1)
+    if parts > len(checkpoint.names):
+        raise ValueError(
+            f"{checkpoint.config_source} asks for {config.num_layers} layers, but there are only "
+            f"{len(checkpoint.names)} tensors: the download is incomplete, or the config is another model's"
+        )
+
+
 def check_tensors(checkpoint: Checkpoint, pieces: ReadOnlyDict[str, Piece], config: LLaMAConfig) -> None:
     """Raises ValueError unless the checkpoint has exactly the tensors of these pieces, in their shapes."""
     names = set(checkpoint.names)
-    missing = sorted(pieces.keys() - names)
-    if missing:
-        raise ValueError(
-            f"{checkpoint.source} has no tensor {_listed(missing)}: the download is incomplete, or config.json describes "
-            "another model"
-        )
     surplus = {name for name in names - pieces.keys() if not name.endswith(_DERIVED_TENSORS)}
     if config.tie_embeddings:
         surplus.discard("lm_head.weight")
+    missing = sorted(pieces.keys() - names)
+    if missing:
+        instead = f" (it has {_listed(sorted(surplus))} instead)" if surplus else ""
+        raise ValueError(
+            f"{checkpoint.source} has no tensor {_listed(missing)}{instead}: the download is incomplete, or "
+            f"{checkpoint.config_source} describes another model"
+        )
     if surplus:
         raise ValueError(
             f"{checkpoint.source} has the tensor {_listed(sorted(surplus))}, which a {config.architecture} with this "
-            "config.json does not use: it is made for another model"
+            "config does not use: it is made for another model"
         )
     for name, piece in pieces.items():
         if checkpoint.shape(name) != piece.full_shape:
+            stored, wanted = list(checkpoint.shape(name)), list(piece.full_shape)
             raise ValueError(
-                f"{checkpoint.source}: {name} has the shape {checkpoint.shape(name)}, but config.json asks for "
-                f"{piece.full_shape}"
+                f"{checkpoint.source}: {name} has the shape {stored}, but {checkpoint.config_source} asks for {wanted}: the "
+                "two belong to different models"
             )
         if checkpoint.dtype(name) not in get_args(Dtype):
             raise ValueError(
-                f"{checkpoint.source}: {name} is stored as {checkpoint.dtype(name)}: puna reads {', '.join(get_args(Dtype))}"
+                f"{checkpoint.source}: {name} is stored as {checkpoint.dtype(name)}, and puna reads "
+                f"{', '.join(get_args(Dtype))}: convert the model, or choose another copy of it"
             )
 
 
@@ -136,14 +151,12 @@ def _listed(names: list[str]) -> str:
 
 
 def _bytes_of(piece: Piece, checkpoint: Checkpoint, name: str) -> int:
-    count = 1
-    for part in piece.source:
-        count *= part.stop - part.start
+    count = math.prod(part.stop - part.start for part in piece.source)
     return count * (4 if checkpoint.dtype(name) == "float32" else 2)
 
 
-def _progress() -> Progress:
+def _progress(is_first_rank: bool) -> Progress:
     """A bar on standard error if that is a terminal, gone when the loading is done."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    return Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+    return Progress(*columns, console=console, transient=True, disable=not (is_first_rank and sys.stderr.isatty()))
