@@ -175,7 +175,9 @@ class Conversation:
         from puna.cli.session import stats_lines
 
         context = self._opened.config.context_length
-        used = len(self._encode(self._turns)) if self._turns else 0
+        messages = _messages(self._system, self._turns)
+        encode = self._opened.tokenizer.encode_chat
+        used = len(encode(messages, add_generation_prompt=False)) if self._turns else 0
         lines = stats_lines(self._last, self._load_seconds) if self._last else ["no answer yet"]
         note("\n".join([*lines, f"context      {used} of {context} tokens"]))
 

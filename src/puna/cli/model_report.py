@@ -35,6 +35,7 @@ _PART_OF_NAME: Final = (
     ("attention", ("attn", "attention")),
     ("mlp", ("mlp", "feed_forward", "ffn")),
 )
+_ORDER: Final = ("embedding", "attention", "mlp", "router", "experts", "norms", "head", "other")
 
 
 @dataclass(kw_only=True)
@@ -186,9 +187,10 @@ def _describe_tensors(report: ModelReport, checkpoint: Checkpoint, config: LLaMA
     report.add("weights", f"{', '.join(dtypes)}; {len(checkpoint.names)} tensors, {size / 2**20:.1f} MiB", dtypes)
     report.fields["stored_bytes"] = size
     if config is None:
-        report.memory = {**stored, "total": size}
+        order = [part for part in _ORDER if part in stored]
+        report.memory = {**{part: stored[part] for part in order}, "total": size}
         if set(dtypes) <= set(DTYPE_BYTES):  # elements of packed integers are not parameters
-            report.parameters = {**elements, "total": sum(elements.values())}
+            report.parameters = {**{part: elements[part] for part in order}, "total": sum(elements.values())}
         return
     try:
         with torch.device("meta"):
