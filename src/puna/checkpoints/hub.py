@@ -38,7 +38,8 @@ def resolve_path(path: str | Path) -> Path:
             return folder
         is_file = folder.is_file()
     except (OSError, RuntimeError) as error:  # a name that is too long, or "~name" of nobody here
-        raise FileNotFoundError(f"{str(path)[:100]} is not a folder ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FileNotFoundError(f"{str(path)[:100]} is not a folder ({reason})") from error
     if is_file:
         raise ValueError(f"{path} is a file: give the folder that it is in, which also holds config.json")
     if str(path) == "demo":

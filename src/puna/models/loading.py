@@ -135,8 +135,8 @@ def check_tensors(checkpoint: Checkpoint, pieces: ReadOnlyDict[str, Piece], conf
         if checkpoint.shape(name) != piece.full_shape:
             stored, wanted = list(checkpoint.shape(name)), list(piece.full_shape)
             raise ValueError(
-                f"{checkpoint.source}: {name} has the shape {stored}, but {checkpoint.config_source} asks for {wanted}: the "
-                "two belong to different models"
+                f"{checkpoint.source}: {name} has the shape {stored}, but {checkpoint.config_source} asks for {wanted}"
+                ": the two belong to different models"
             )
         if checkpoint.dtype(name) not in get_args(Dtype):
             raise ValueError(
@@ -146,12 +146,12 @@ def check_tensors(checkpoint: Checkpoint, pieces: ReadOnlyDict[str, Piece], conf
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _bytes_of(piece: Piece, checkpoint: Checkpoint, name: str) -> int:
-    count = math.prod(part.stop - part.start for part in piece.source)
+    count: int = math.prod(part.stop - part.start for part in piece.source)
     return count * (4 if checkpoint.dtype(name) == "float32" else 2)
 
 
