@@ -137,7 +137,9 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the llama grazes on the high grassland", "das Lama steht über den Wolken"], trainer)
+    tokenizer.train_from_iterator(
+        ["the llama grazes on the high grassland", "das Alpaka steht über den Wolken"], trainer
+    )
     torch.manual_seed(0)
     size = tokenizer.get_vocab_size()
     config = LLaMAConfig(

@@ -94,6 +94,7 @@ def test_folder_without_permission_is_named(
         (RuntimeError("a\nb"), 1, "puna: error: RuntimeError: a b (unexpected: --debug shows where; please report it)"),
         (KeyboardInterrupt(), 130, ""),
         (ValueError("several\n  lines"), 2, "puna: error: several lines"),
+        (OSError(28, "No space left on device"), 2, "puna: error: no space left on device"),
         (ValueError(), 2, "puna: error: ValueError"),
     ],
 )

@@ -76,8 +76,9 @@ def _message(error: BaseException) -> str:
         message: str = error.format_message()  # type: ignore[attr-defined]
         context = error.ctx if isinstance(error, UsageError) else None  # type: ignore[attr-defined]
         return message if context is None else f"{message.rstrip('.')} (see {context.command_path} --help)"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror.lower()}"
     return str(error) or type(error).__name__
 
 
