@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from puna.checkpoints import open_checkpoint
-from puna.models import MODELS, load_model
+from puna.models import MODELS, load_model, loading
 from puna.models.llama import LLaMAForCausalLM
 
 Make = Callable[..., Any]
@@ -34,7 +34,7 @@ def no_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the weights were allocated")
 
-    monkeypatch.setattr(torch.nn.Module, "to_empty", refuse)
+    monkeypatch.setattr(loading, "allocate", refuse)
 
 
 # What loads.

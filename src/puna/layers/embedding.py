@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.pieces import Piece, PiecewiseModule, op_table, parameter_piece, torch_dtype
+from puna.quantization.dense import random_matrix
 
 
 class Embedding(PiecewiseModule):
@@ -18,8 +19,7 @@ class Embedding(PiecewiseModule):
         self.vocab_size = config.vocab_size
         self.rows = -(-config.vocab_size // comm.mapping.tp_size)
         self.first = self.rows * comm.mapping.tp_rank
-        self.weight = nn.Parameter(torch.empty(self.rows, config.hidden_size, dtype=torch_dtype(config.dtype)))
-        nn.init.normal_(self.weight, std=0.02)
+        self.weight = random_matrix(self.rows, config.hidden_size, torch_dtype(config.dtype))
         self.ops = op_table(config, comm)
         self.comm = comm
 

@@ -9,6 +9,7 @@ from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.mlp import GatedMLP
 from puna.layers.pieces import Piece, PiecewiseModule, op_table, parameter_piece, torch_dtype
+from puna.quantization.dense import random_matrix
 
 
 class Router(PiecewiseModule):
@@ -19,9 +20,7 @@ class Router(PiecewiseModule):
 
     def __init__(self, config: LLaMAConfig, comm: Communicator) -> None:
         super().__init__()
-        shape = (config.num_experts, config.hidden_size)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch_dtype(config.dtype)))
-        nn.init.normal_(self.weight, std=0.02)
+        self.weight = random_matrix(config.num_experts, config.hidden_size, torch_dtype(config.dtype))
         self.experts_per_token = config.experts_per_token
         self.ops = op_table(config, comm)
 

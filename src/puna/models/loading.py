@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar, cast, get_args
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from puna.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
 from puna.config import Dtype, LLaMAConfig
@@ -59,8 +59,7 @@ def load_weights(
     check_tensors(checkpoint, dict(whole.pieces()), config)
     model.generation_config = checkpoint.generation_config
 
-    model.to_empty(device=comm.device)
-    model.tie_weights()
+    allocate(model, comm.device)
     pieces = list(model.pieces())
     with _progress(is_first_rank=comm.mapping.rank == 0) as progress:
         task = progress.add_task(
@@ -70,6 +69,21 @@ def load_weights(
             piece.write(checkpoint.read(name, piece.source))
             progress.advance(task, _bytes_of(piece, checkpoint, name))
     return model.eval()
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives storage to the parameters of a model that was built on the meta device; shared ones stay shared.
+
+    This is `nn.Module.to_empty`, which allocates shared parameters twice, and makes torch import its symbolic algebra:
+    40 MB and half a second.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                made[parameter] = nn.Parameter(storage, requires_grad=parameter.requires_grad)
+            setattr(module, name, made[parameter])
 
 
 def save_model(

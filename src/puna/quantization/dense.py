@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from puna.ops import OpTable
 
 
+def random_matrix(rows: int, columns: int, dtype: torch.dtype) -> nn.Parameter:
+    """A matrix as training starts with it: normal, with the deviation 0.02 of LLaMA's."""
+    weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype))
+    # On the meta device there is nothing to fill, and random numbers there make torch import its compiler: 80 MB.
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=0.02)
+    return weight
+
+
 @dataclass(frozen=True)
 class DenseFormat:
     """One parameter, `weight` [N, E], in the model's dtype."""
@@ -20,9 +29,7 @@ class DenseFormat:
     parameter_names = ("weight",)
 
     def create_parameters(self, outputs: int, inputs: int) -> dict[str, nn.Parameter]:
-        weight = nn.Parameter(torch.empty(outputs, inputs, dtype=self.dtype))
-        nn.init.normal_(weight, std=0.02)
-        return {"weight": weight}
+        return {"weight": random_matrix(outputs, inputs, self.dtype)}
 
     def write(self, parameters: Mapping[str, Tensor], rows: slice, dense: Tensor) -> None:
         with torch.no_grad():
