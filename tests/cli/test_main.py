@@ -132,6 +132,17 @@ def test_main_reads_the_arguments_of_the_process(
     assert capsys.readouterr().out == f"puna {__version__}\n"
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_do_not_spin_unless_told_to(
+    puna: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    puna("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == after
+
+
 def test_unbundle_passes_everything_on() -> None:
     taken: list[object] = []
 
