@@ -17,7 +17,7 @@ from puna.models import LLaMAForCausalLM
 MiB = 2**20
 
 # What is not weights: the pages of torch's libraries that loading touches for the first time, the progress bar, the
-# names and shapes of the tensors. Measured 8 MiB, whatever the size of the model; a tensor too many would be 62 MiB here.
+# names and shapes of the tensors. Measured 8 MiB, whatever the size of the model; a tensor too many is 62 MiB here.
 SLACK = 24 * MiB
 
 # Prints the growth of resident memory over that of the process with everything imported. It reads the high-water mark
@@ -43,7 +43,7 @@ print(json.dumps({"growth": (peak - before) * 1024, "weights": weights, "heavy":
 
 
 def write_large(folder: Path, tied: bool) -> int:
-    """Writes a sharded bfloat16 checkpoint of 357 MiB, or 294 with tied embeddings; returns its largest tensor's size."""
+    """Writes a sharded bfloat16 model of 357 MiB, or 294 with tied embeddings; returns the largest tensor's size."""
     config = LLaMAConfig(
         num_layers=8,
         num_heads=16,
