@@ -1,16 +1,24 @@
-"""StepPlan: what one step computes, as ids and counts."""
+"""StepPlan and StepResult: what one step computes, as ids and counts, and what comes out of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from puna.scheduling.sampling_params import SamplingParams
+
+# In a row's token_ids: the token that the step before chose for this sequence, which is not known when this is planned.
+PENDING_TOKEN: Final = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepRow:
+class StepRow(NamedTuple):
     """The newest tokens of one sequence: a chunk of its prompt, or the one token that was chosen last.
 
     `first_position` is the position of the first of `token_ids`; everything before it is in the cache. `block_ids` are
     the cache blocks of the whole sequence, in order, with room for these tokens. `prompt_length` is the prompt's.
+    `sampled_ids`: the sequences that get a next token from the last row's logits: none within a prompt, several where
+    one prompt is continued several times. `num_candidates`: with beams, that many likeliest tokens are wanted instead.
+    `prompt_logprobs`: for each token of a prompt, that many likeliest ones are wanted too.
     """
 
     sequence_id: int
@@ -18,6 +26,9 @@ class StepRow:
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
     prompt_length: int
+    sampled_ids: tuple[int, ...] = ()
+    num_candidates: int = 0
+    prompt_logprobs: int | None = None
 
     @property
     def sequence_length(self) -> int:
@@ -25,12 +36,59 @@ class StepRow:
         return self.first_position + len(self.token_ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """What the sampler must know of a sequence from its first step on.
+
+    `eos_token_ids` are not chosen before `params.min_tokens`.
+    """
+
+    sequence_id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The rows of a step. Chunks of prompts and single tokens mix freely; there is no phase."""
+    """The rows of a step. Chunks of prompts and single tokens mix freely; there is no phase.
+
+    `copies`: (from, to) blocks that are copied before the rows run. `new_sequences` come with the first step that
+    samples for them; `ended_sequences` will not be seen again.
+    """
 
     rows: tuple[StepRow, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    new_sequences: tuple[NewSequence, ...] = ()
+    ended_sequences: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return sum(len(row.token_ids) for row in self.rows)
+
+
+class TokenLogprobs(NamedTuple):
+    """The chosen (or given) token's log-probability and rank (1 is the likeliest), and the likeliest tokens."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class SampledToken(NamedTuple):
+    sequence_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`candidates`: for rows with beams, the likeliest next tokens, best first. `prompt_logprobs`: by sequence, for the
+    prompt's tokens that the row's tokens predict, in order. `errors`: sequences that can't go on, with the reason."""
+
+    tokens: tuple[SampledToken, ...]
+    candidates: dict[int, tuple[tuple[int, float], ...]]
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    errors: dict[int, str]

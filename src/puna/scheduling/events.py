@@ -1,0 +1,40 @@
+"""Events: what the scheduler tells of, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from puna.scheduling.beams import FinishedBeam
+from puna.scheduling.sequence import FinishReason, Request, Sequence
+from puna.scheduling.step_plan import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEvent:
+    """What a step brought one sequence: a token, or an end without one. `error` says why, for finish_reason "error"."""
+
+    sequence: Sequence
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BeamEvent:
+    """The end of a beam search: the finished beams, best first; all of them where the reason is "stop"."""
+
+    request: Request
+    beams: tuple[FinishedBeam, ...]
+    finish_reason: FinishReason = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Log-probabilities of a prompt's next tokens, in order."""
+
+    request: Request
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+Event = SequenceEvent | BeamEvent | PromptEvent

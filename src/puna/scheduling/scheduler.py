@@ -1,0 +1,528 @@
+"""Scheduler: which sequences run in the next step, with how many tokens and in which blocks.
+
+Every step mixes single tokens of running sequences with chunks of prompts. Who comes first: requests that are overdue,
+then by priority, then by arrival. That order decides who gets blocks: where there are none left, the last in it gives
+its own back and is computed again later (preemption by recomputation; its full blocks stay cached while there is room).
+
+No request starves. One that has waited for `max_skips` plans is overdue and comes before all that are not; so it
+waits for at most `max_skips` plans and for the requests that were overdue before it or are running, each of which
+ends within the context length.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Final
+
+from puna.scheduling.block_allocator import DUMMY_BLOCK, BlockAllocator, prefix_hashes
+from puna.scheduling.events import BeamEvent, Event, PromptEvent, SequenceEvent
+from puna.scheduling.group import Group, WaitingQueue
+from puna.scheduling.sequence import FinishReason, Request, Sequence
+from puna.scheduling.step_plan import PENDING_TOKEN, NewSequence, StepPlan, StepResult, StepRow, TokenLogprobs
+
+
+class QueueFullError(ValueError):
+    """More requests wait than `max_waiting` allows: try again later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLimits:
+    """Raises ValueError where the numbers could never run a step."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_waiting: int | None = None
+    max_skips: int = 256
+    # The window of the layer that sees farthest, or None where some layer sees everything.
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_skips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}: it must be at least max_num_seqs, "
+                f"{self.max_num_seqs}, since every running sequence may need a token in a step"
+            )
+        if self.max_waiting is not None and self.max_waiting < 1:
+            raise ValueError(f"max_waiting is {self.max_waiting}: it must be at least 1, or None for no limit")
+
+
+_urgency = attrgetter("urgency")
+_PENDING: Final = (PENDING_TOKEN,)
+
+
+class _Step:
+    """The plan in the making."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: list[StepRow] = []
+        self.copies: list[tuple[int, int]] = []
+        self.groups: set[Group] = set()
+        self.preempted = False
+
+
+class Scheduler:
+    """Plain bookkeeping: `add` and `cancel` at any time, then `plan`, run it somewhere, and `commit` what came out.
+
+    One plan may be made while the one before it still runs; `commit` takes their results in the same order.
+    """
+
+    def __init__(self, limits: SchedulerLimits, allocator: BlockAllocator) -> None:
+        self.limits = limits
+        self.allocator = allocator
+        self.num_preemptions = 0
+        self.num_prefix_hit_tokens = 0
+        self.num_prefix_query_tokens = 0
+        self._sequence_ids = itertools.count()
+        self._arrivals = itertools.count()
+        self._num_plans = 0
+        self._sequences: dict[int, Group] = {}
+        self._groups_of: dict[str, list[Group]] = {}
+        self._running: dict[Group, None] = {}
+        self._waiting = WaitingQueue(limits.max_skips)
+        self._deadlines: list[tuple[float, str]] = []
+        self._new: list[NewSequence] = []
+        self._ended: list[int] = []
+        self._events: list[Event] = []
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(group.sequences) for group in self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or len(self._waiting) or self._events)
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises QueueFullError, or ValueError for one that could never run with these limits."""
+        limits, size = self.limits, self.allocator.block_size
+        if request.request_id in self._groups_of:
+            raise ValueError(f"request_id {request.request_id!r} is in use: give every request its own")
+        if not request.prompt_token_ids:
+            raise ValueError("the prompt is empty: it needs at least one token")
+        if request.num_sequences > limits.max_num_seqs:
+            raise ValueError(
+                f"the request needs {request.num_sequences} sequences at once, but max_num_seqs is "
+                f"{limits.max_num_seqs}: ask for fewer, or start with more"
+            )
+        longest = len(request.prompt_token_ids) + request.max_tokens
+        blocks = self._num_blocks(longest) * (1 if request.beams is None else request.num_sequences)
+        if blocks > self.allocator.num_blocks - 1:
+            raise ValueError(
+                f"{longest} tokens (prompt and max_tokens) need {blocks} cache blocks of {size}, but there are "
+                f"{self.allocator.num_blocks - 1}: ask for fewer tokens, or give the cache more memory"
+            )
+        if limits.max_waiting is not None and len(self._waiting) >= limits.max_waiting:
+            raise QueueFullError(
+                f"{len(self._waiting)} requests are waiting, which is the most allowed: try again later"
+            )
+        sequence = Sequence(next(self._sequence_ids), request)
+        group = Group(request, sequence, next(self._arrivals), seats=request.num_sequences)
+        self._register(group)
+        self._waiting.push(group, self._num_plans)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+
+    def cancel(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """Ends all of a request's sequences at once; without effect for one that is unknown or has ended."""
+        for group in list(self._groups_of.get(request_id, ())):
+            if group.beam_search is not None:
+                self._events.append(BeamEvent(group.request, tuple(group.beam_search.finished), reason))
+            else:
+                group.sequences[0].finish_reason = reason
+                self._events.append(SequenceEvent(group.sequences[0], finish_reason=reason))
+            self._drop(group)
+
+    def finish(self, sequence_id: int, reason: FinishReason) -> None:
+        """Ends one sequence, since its text has met a stop string; no event tells of it."""
+        group = self._sequences.get(sequence_id)
+        if group is not None:
+            group.sequences[0].finish_reason = reason
+            self._drop(group)
+
+    def plan(self, now: float = 0.0) -> StepPlan | None:
+        """The next step, or None where there is nothing to compute now. `now` is the clock that deadlines are in."""
+        self._expire(now)
+        self._num_plans += 1
+        self._waiting.mark_overdue(self._num_plans)
+        step = _Step(self.limits.max_num_batched_tokens)
+        # The tokens that users wait for come first; prompts share what is left of the budget.
+        longer = []
+        for group in sorted(self._running, key=_urgency):
+            if group not in self._running:
+                continue  # preempted meanwhile
+            if group.num_new > len(group.sequences):
+                longer.append(group)
+            elif not self._plan_next_token(group, step):
+                self._plan_running(group, step)
+        for group in longer:
+            if group in self._running:
+                self._plan_running(group, step)
+        if not step.preempted:
+            self._admit(step)
+        if not step.rows:
+            return None
+        size = self.allocator.block_size
+        for group in step.groups:
+            for sequence in group.sequences:
+                if sequence.num_computed // size > sequence.num_published:
+                    self._publish(sequence)
+        plan = StepPlan(tuple(step.rows), tuple(step.copies), tuple(self._new), tuple(self._ended))
+        self._new, self._ended = [], []
+        return plan
+
+    def commit(self, result: StepResult) -> list[Event]:
+        """Takes over what a step chose, ends what is at its end, and returns all that happened since the last."""
+        for sequence_id, error in result.errors.items():
+            group = self._sequences.get(sequence_id)
+            if group is not None:
+                sequence = group.sequences[0]
+                sequence.finish_reason = "error"
+                self._events.append(SequenceEvent(sequence, finish_reason="error", error=error))
+                self._drop(group)
+        for sequence_id, logprobs in result.prompt_logprobs.items():
+            group = self._sequences.get(sequence_id)
+            if group is not None:
+                self._events.append(PromptEvent(group.request, logprobs))
+        for sampled in result.tokens:
+            group = self._sequences.get(sampled.sequence_id)
+            if group is not None:
+                self._append(group, sampled.token_id, sampled.logprobs)
+        searching = {self._sequences[i]: None for i in result.candidates if i in self._sequences}
+        for group in searching:
+            self._advance_beams(group, result)
+        events, self._events = self._events, []
+        return events
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError where blocks or queues contradict each other; for tests and debugging."""
+        groups = [*self._running, *self._waiting]
+        sequences = [sequence for group in groups for sequence in group.sequences]
+        self.allocator.check_integrity([sequence.blocks for sequence in sequences])
+        if len(set(groups)) != len(groups) or {s.sequence_id for s in sequences} != self._sequences.keys():
+            raise RuntimeError("the scheduler is corrupt: a group is in two queues, or a sequence in none")
+        if set(groups) != {group for known in self._groups_of.values() for group in known}:
+            raise RuntimeError("the scheduler is corrupt: requests and queues differ")
+        for sequence in sequences:
+            if sequence.num_computed > len(sequence.blocks) * self.allocator.block_size:
+                raise RuntimeError(
+                    f"the scheduler is corrupt: sequence {sequence.sequence_id} has tokens without a block"
+                )
+
+    # ---- planning
+
+    def _plan_next_token(self, group: Group, step: _Step) -> bool:
+        """A short way for what nearly every row is: one token of one sequence, in a block of its own that has room.
+
+        Whether it could be taken; `_plan_running` takes the others.
+        """
+        sequence = group.sequences[0]
+        position = sequence.num_computed
+        if (
+            step.budget == 0
+            or group.beam_search is not None
+            or not group.is_introduced
+            or position % self.allocator.block_size == 0
+            or self.limits.sliding_window is not None
+            or self.allocator.num_holders(sequence.blocks[-1]) > 1
+        ):
+            return False
+        if sequence.num_pending:
+            if position + 1 - sequence.prompt_length >= sequence.request.max_tokens:
+                return True  # the token that is on its way is the last one
+            tokens = _PENDING
+        elif position < len(sequence.token_ids):
+            tokens = (sequence.token_ids[position],)
+        else:
+            return False
+        step.groups.add(group)
+        step.budget -= 1
+        sequence.num_computed += 1
+        sequence.num_pending += 1
+        ids = (sequence.sequence_id,)
+        step.rows.append(StepRow(ids[0], position, tokens, sequence.block_ids, sequence.prompt_length, ids))
+        return True
+
+    def _plan_running(self, group: Group, step: _Step) -> None:
+        """Rows for a running group; where blocks are lacking, those of less urgent groups, or a shorter chunk."""
+        if group.waits_for_result or step.budget < len(group.sequences):
+            return
+        first = group.sequences[0]
+        if first.num_pending and first.num_tokens - first.prompt_length >= first.request.max_tokens:
+            return  # the token that is on its way is the last one
+        counts = group.counts(step.budget)
+        for sequence in group.sequences:
+            self._drop_unseen(sequence)
+        while not self._reserve(group, counts, step):
+            less_urgent = [other for other in self._running if other not in step.groups and other is not group]
+            victim = max(less_urgent, key=lambda other: other.urgency, default=group)
+            if victim.urgency > group.urgency:
+                self._preempt(victim, step)
+            elif group.num_new == len(group.sequences):
+                self._preempt(group, step)
+                return
+            else:
+                room = self._room(first) if len(counts) == 1 else 0
+                if room == 0:
+                    return  # rows planned already will free blocks, or give theirs back
+                counts = [min(counts[0], room)]
+        self._add_rows(group, counts, step)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that fit into the sequence's last block and into the free ones, if it need not copy any."""
+        size = self.allocator.block_size
+        return (len(sequence.blocks) + self.allocator.num_free) * size - sequence.num_computed
+
+    def _reserve(self, group: Group, counts: list[int], step: _Step) -> bool:
+        """Blocks of their own for the next tokens of every sequence, all or none; plans the copies of shared ones."""
+        size, allocator = self.allocator.block_size, self.allocator
+        wanted: list[tuple[Sequence, bool, int]] = []
+        leaving: dict[int, int] = {}
+        for sequence, count in zip(group.sequences, counts, strict=True):
+            more = max(0, -(-(sequence.num_computed + count) // size) - len(sequence.blocks))
+            copies = False
+            if count and sequence.num_computed % size:
+                block = sequence.blocks[sequence.num_computed // size]
+                # Of several beams that share the block, the last one keeps it.
+                copies = allocator.num_holders(block) - leaving.get(block, 0) > 1
+                leaving[block] = leaving.get(block, 0) + copies
+            wanted.append((sequence, copies, more))
+        blocks = allocator.allocate(sum(copies + more for _, copies, more in wanted))
+        if blocks is None:
+            return False
+        for sequence, copies, more in wanted:
+            if copies:
+                place, new = sequence.num_computed // size, blocks.pop()
+                step.copies.append((sequence.blocks[place], new))
+                allocator.release([sequence.blocks[place]])
+                sequence.blocks[place] = new
+            sequence.blocks += [blocks.pop() for _ in range(more)]
+            if copies or more:
+                sequence.blocks_changed()
+        return True
+
+    def _add_rows(self, group: Group, counts: list[int], step: _Step) -> None:
+        step.groups.add(group)
+        for sequence, count in zip(group.sequences, counts, strict=True):
+            if count == 0:
+                continue
+            first = sequence.num_computed
+            tokens = sequence.token_ids[first : first + count]
+            if len(tokens) < count:
+                tokens.append(PENDING_TOKEN)
+            sequence.num_computed += count
+            step.budget -= count
+            sampled_ids: tuple[int, ...] = ()
+            num_candidates = 0
+            if sequence.num_computed == sequence.num_tokens:
+                if group.beam_search is not None:
+                    num_candidates = group.beam_search.num_candidates
+                    group.waits_for_result = True
+                else:
+                    sequence.num_pending += 1
+                    sampled_ids = (sequence.sequence_id, *self._begin_output(group, step))
+            prompt_logprobs = sequence.request.params.prompt_logprobs
+            step.rows.append(
+                StepRow(
+                    sequence.sequence_id,
+                    first,
+                    tuple(tokens),
+                    sequence.block_ids,
+                    sequence.prompt_length,
+                    sampled_ids,
+                    num_candidates,
+                    prompt_logprobs if first < sequence.prompt_length else None,
+                )
+            )
+
+    def _begin_output(self, group: Group, step: _Step) -> list[int]:
+        """At a sequence's first sample: tells the sampler of it, and makes the other n - 1 of the request."""
+        if group.is_introduced:
+            return []
+        request, twins = group.request, []
+        for index in range(group.seats):
+            if index > 0:
+                twin = group.sequences[0].fork(next(self._sequence_ids), index)
+                for block in twin.blocks:
+                    self.allocator.acquire(block)
+                own = Group(request, twin, group.arrival, seats=1)
+                own.is_introduced = True
+                if group.is_overdue:
+                    own.mark_overdue()
+                self._register(own)
+                self._running[own] = None
+                step.groups.add(own)
+                twins.append(twin.sequence_id)
+            # Each of the n draws from a stream of its own; the first one's is that of n = 1.
+            known_as = twins[-1] if twins else group.sequences[0].sequence_id
+            self._new.append(
+                NewSequence(
+                    known_as, request.prompt_token_ids, request.params, request.seed + index, request.eos_token_ids
+                )
+            )
+        group.seats, group.is_introduced = 1, True
+        return twins
+
+    def _admit(self, step: _Step) -> None:
+        """Starts waiting groups in order, until one does not fit: those behind it must not take what it waits for."""
+        seats = sum(group.seats for group in self._running)
+        while step.budget > 0 and (group := self._waiting.first()) is not None:
+            if seats + group.seats > self.limits.max_num_seqs or step.budget < len(group.sequences):
+                return
+            for sequence in group.sequences:
+                self._match_prefix(sequence)
+            missing = sum(self._num_blocks(s.num_tokens) - len(s.blocks) for s in group.sequences)
+            counts = group.counts(step.budget)
+            # With nothing running there is nothing to wait for, and `add` made sure that it fits in the end.
+            fits = missing <= self.allocator.num_free or not self._running
+            if not fits or not self._reserve(group, counts, step):
+                for sequence in group.sequences:
+                    self._give_back(sequence)
+                return
+            self._waiting.remove(group)
+            self._running[group] = None
+            seats += group.seats
+            self.num_prefix_hit_tokens += sum(sequence.num_computed for sequence in group.sequences)
+            self.num_prefix_query_tokens += sum(sequence.num_tokens for sequence in group.sequences)
+            self._add_rows(group, counts, step)
+
+    def _preempt(self, group: Group, step: _Step) -> None:
+        for sequence in group.sequences:
+            self._publish(sequence)
+            self._give_back(sequence)
+        del self._running[group]
+        self._waiting.push(group, self._num_plans)
+        self.num_preemptions += 1
+        step.preempted = True
+
+    # ---- blocks
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        """Blocks that a sequence of that length holds at once, at the most."""
+        window = self.limits.sliding_window
+        if window is not None:
+            # What the first token of the largest chunk sees, the chunk, and a block that is cut at either end.
+            num_tokens = min(num_tokens, window + self.limits.max_num_batched_tokens + 2 * self.allocator.block_size)
+        return -(-num_tokens // self.allocator.block_size)
+
+    def _match_prefix(self, sequence: Sequence) -> None:
+        """Takes over published blocks; never the last token's, whose logits are still wanted."""
+        request, size = sequence.request, self.allocator.block_size
+        if not self.allocator.enable_prefix_caching or request.params.prompt_logprobs is not None:
+            return
+        sequence.hashes = prefix_hashes(sequence.token_ids, size, request.cache_salt, sequence.hashes)
+        sequence.blocks = self.allocator.acquire_prefix(sequence.hashes[: (sequence.num_tokens - 1) // size])
+        sequence.num_computed = len(sequence.blocks) * size
+        sequence.num_published = len(sequence.blocks)
+        sequence.blocks_changed()
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Makes the blocks findable whose tokens are known and computed, or will be before the next plan runs."""
+        size = self.allocator.block_size
+        full = min(sequence.num_computed, len(sequence.token_ids)) // size
+        if not self.allocator.enable_prefix_caching or full <= sequence.num_published:
+            return
+        sequence.hashes = prefix_hashes(sequence.token_ids, size, sequence.request.cache_salt, sequence.hashes)
+        for place in range(sequence.num_published, full):
+            if sequence.blocks[place] != DUMMY_BLOCK:
+                self.allocator.publish(sequence.blocks[place], sequence.hashes[place])
+        sequence.num_published = full
+
+    def _drop_unseen(self, sequence: Sequence) -> None:
+        """Gives back the blocks that no token to come can see through the sliding window."""
+        if self.limits.sliding_window is None:
+            return
+        unseen = (sequence.num_computed - self.limits.sliding_window + 1) // self.allocator.block_size
+        if unseen > sequence.num_unseen:
+            self._publish(sequence)
+            self.allocator.release(sequence.blocks[sequence.num_unseen : unseen])
+            sequence.blocks[sequence.num_unseen : unseen] = [DUMMY_BLOCK] * (unseen - sequence.num_unseen)
+            sequence.num_unseen = unseen
+            sequence.blocks_changed()
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Back to nothing computed and no blocks."""
+        self.allocator.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_published = sequence.num_unseen = 0
+        sequence.blocks_changed()
+
+    # ---- results
+
+    def _append(self, group: Group, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        sequence, request = group.sequences[0], group.request
+        sequence.num_pending -= 1
+        sequence.token_ids.append(token_id)
+        reason: FinishReason | None = None
+        ends = () if request.params.ignore_eos else request.eos_token_ids
+        if token_id in request.params.stop_token_ids or token_id in ends:
+            reason = "stop"
+        elif len(sequence.token_ids) - sequence.prompt_length >= request.max_tokens:
+            reason = "length"
+        sequence.finish_reason = reason
+        self._events.append(SequenceEvent(sequence, token_id, logprobs, reason))
+        if reason is not None:
+            self._drop(group)
+
+    def _advance_beams(self, group: Group, result: StepResult) -> None:
+        search = group.beam_search
+        if search is None:
+            raise RuntimeError(f"request {group.request.request_id!r} got candidates, but searches no beams")
+        group.waits_for_result = False
+        going_on = search.advance([result.candidates[sequence.sequence_id] for sequence in group.sequences])
+        if not going_on:
+            self._events.append(BeamEvent(group.request, tuple(search.finished)))
+            self._drop(group)
+            return
+        parents = group.sequences
+        group.sequences = []
+        for continuation in going_on:
+            sequence = parents[continuation.parent]
+            if sequence in group.sequences:
+                sequence = sequence.fork(next(self._sequence_ids), len(group.sequences))
+                self._sequences[sequence.sequence_id] = group
+                for block in sequence.blocks:
+                    self.allocator.acquire(block)
+            group.sequences.append(sequence)
+        for sequence in parents:
+            if sequence not in group.sequences:
+                self.allocator.release(sequence.blocks)
+                del self._sequences[sequence.sequence_id]
+        for sequence, continuation in zip(group.sequences, going_on, strict=True):
+            sequence.token_ids.append(continuation.token_id)
+
+    # ---- queues
+
+    def _register(self, group: Group) -> None:
+        self._sequences[group.sequences[0].sequence_id] = group
+        self._groups_of.setdefault(group.request.request_id, []).append(group)
+
+    def _drop(self, group: Group) -> None:
+        """Forgets a group that has ended; its full blocks stay cached."""
+        for sequence in group.sequences:
+            self._publish(sequence)
+            self.allocator.release(sequence.blocks)
+            del self._sequences[sequence.sequence_id]
+            if group.is_introduced:
+                self._ended.append(sequence.sequence_id)
+        self._running.pop(group, None)
+        self._waiting.remove(group)
+        others = self._groups_of[group.request.request_id]
+        others.remove(group)
+        if not others:
+            del self._groups_of[group.request.request_id]
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            self.cancel(request_id, "deadline")

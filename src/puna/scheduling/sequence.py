@@ -1,0 +1,108 @@
+"""Request, what a caller wants; and Sequence, one row of text on its way through the steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from puna.scheduling.beams import BeamParams
+from puna.scheduling.sampling_params import SamplingParams
+
+# "length": max_tokens, or the end of the context; "abort": cancelled; "deadline": out of time; "error": see the output.
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue. `max_tokens` is at most what the context has room for; lower `priority` goes first.
+
+    `deadline` is a time of the engine's clock, in seconds. Prefixes are shared only between requests of one
+    `cache_salt`. `beams` asks for beam search instead of `params`' sampling.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    seed: int = 0
+    eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: bytes = b""
+    beams: BeamParams | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences this is at its widest."""
+        return self.params.n if self.beams is None else self.beams.width
+
+
+class Sequence:
+    """The tokens of one sequence, and how far they are computed.
+
+    `num_pending` tokens were chosen by a step whose result is not here yet; they count in `num_tokens`. `num_computed`
+    positions are in the cache, or will be when the steps planned so far have run. Of its blocks, the first
+    `num_published` are findable by others, and the first `num_unseen` are given back, since they are outside of the
+    sliding window.
+    """
+
+    __slots__ = (
+        "_block_tuple",
+        "blocks",
+        "finish_reason",
+        "hashes",
+        "index",
+        "num_computed",
+        "num_pending",
+        "num_published",
+        "num_unseen",
+        "prompt_length",
+        "request",
+        "sequence_id",
+        "token_ids",
+    )
+
+    def __init__(self, sequence_id: int, request: Request, index: int = 0) -> None:
+        self.sequence_id = sequence_id
+        self.request = request
+        self.index = index
+        self.token_ids = list(request.prompt_token_ids)
+        self.prompt_length = len(request.prompt_token_ids)
+        self.num_pending = 0
+        self.num_computed = 0
+        self.num_published = 0
+        self.num_unseen = 0
+        self.blocks: list[int] = []
+        self.hashes: list[bytes] = []
+        self.finish_reason: FinishReason | None = None
+        self._block_tuple: tuple[int, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def block_ids(self) -> tuple[int, ...]:
+        """The blocks, as a plan keeps them; made anew only when they have changed."""
+        if self._block_tuple is None:
+            self._block_tuple = tuple(self.blocks)
+        return self._block_tuple
+
+    def blocks_changed(self) -> None:
+        self._block_tuple = None
+
+    def fork(self, sequence_id: int, index: int) -> Sequence:
+        """A sequence with the same tokens, computed as far, in the same blocks; whose references the caller counts."""
+        twin = Sequence(sequence_id, self.request, index)
+        twin.token_ids = list(self.token_ids)
+        twin.num_pending = self.num_pending
+        twin.num_computed = self.num_computed
+        twin.num_published = self.num_published
+        twin.num_unseen = self.num_unseen
+        twin.blocks = list(self.blocks)
+        twin.hashes = list(self.hashes)
+        return twin
