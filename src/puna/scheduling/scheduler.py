@@ -367,7 +367,12 @@ class Scheduler:
             known_as = twins[-1] if twins else group.sequences[0].sequence_id
             self._new.append(
                 NewSequence(
-                    known_as, request.prompt_token_ids, request.params, request.seed + index, request.eos_token_ids
+                    known_as,
+                    request.prompt_token_ids,
+                    request.params,
+                    request.seed + index,
+                    request.eos_token_ids,
+                    request.bad_word_ids,
                 )
             )
         group.seats, group.is_introduced = 1, True

@@ -17,7 +17,8 @@ class Request:
     """A prompt to continue. `max_tokens` is at most what the context has room for; lower `priority` goes first.
 
     `deadline` is a time of the engine's clock, in seconds. Prefixes are shared only between requests of one
-    `cache_salt`. `beams` asks for beam search instead of `params`' sampling.
+    `cache_salt`. `beams` asks for beam search instead of `params`' sampling. `bad_word_ids` are `params.bad_words` as
+    tokens.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class Request:
     deadline: float | None = None
     cache_salt: bytes = b""
     beams: BeamParams | None = None
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_sequences(self) -> int:

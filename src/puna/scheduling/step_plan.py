@@ -40,7 +40,7 @@ class StepRow(NamedTuple):
 class NewSequence:
     """What the sampler must know of a sequence from its first step on.
 
-    `eos_token_ids` are not chosen before `params.min_tokens`.
+    `eos_token_ids` are not chosen before `params.min_tokens`. `bad_word_ids` are `params.bad_words` as tokens.
     """
 
     sequence_id: int
@@ -48,6 +48,7 @@ class NewSequence:
     params: SamplingParams
     seed: int
     eos_token_ids: frozenset[int]
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
