@@ -17,6 +17,7 @@ from puna.cli.chat import chat
 from puna.cli.errors import exit_code_of, one_line_warnings
 from puna.cli.generate import generate
 from puna.cli.info import info
+from puna.cli.train import train
 
 app = typer.Typer(
     name="puna",
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
+app.command()(train)
 
 
 def _show_version(wanted: bool) -> None:
