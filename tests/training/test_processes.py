@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from puna.cli import main
 from puna.models import load_model
 from puna.training.state import STATE_FILE
 
@@ -59,7 +60,7 @@ def summary_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return found
 
 
-def test_killed_run_goes_on_to_the_same_end(text_file: Path, tmp_path: Path) -> None:
+def test_killed_run_goes_on_to_the_same_end(text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """SIGKILL in the middle of training: the files that are there then can be read, and the end is the same."""
     arguments = command(text_file, tmp_path / "killed", steps=60, **{"save-every": 4})
     process = subprocess.Popen(
@@ -80,19 +81,21 @@ def test_killed_run_goes_on_to_the_same_end(text_file: Path, tmp_path: Path) -> 
     started = re.search(r"(\d+) of 60 steps done", resumed.stderr)
     assert started is not None, resumed.stderr
     assert 8 <= int(started[1]) < 60, "a kill costs no more than the steps since the last checkpoint"
-    straight = run([*command(text_file, tmp_path / "straight", steps=60, **{"save-every": 0}), "--json"])
-    ours, theirs = summary_of(resumed), summary_of(straight)
+    assert main([*command(text_file, tmp_path / "straight", steps=60, **{"save-every": 0}), "--json"]) == 0
+    ours, theirs = summary_of(resumed), json.loads(capfd.readouterr().out)
     assert (ours["loss"], ours["held_out"]) == (theirs["loss"], theirs["held_out"])
     for name, tensor in load_file(tmp_path / "straight" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "killed" / "model.safetensors")[name]), name
     assert not list((tmp_path / "killed").glob(".writing-*"))
 
 
-def test_two_processes_share_the_work_of_one(text_file: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_work_of_one(
+    text_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
-    alone = run([*command(text_file, tmp_path / "alone"), "--json"])
+    assert main([*command(text_file, tmp_path / "alone"), "--json"]) == 0
     together = run([sys.executable, "-c", MAIN, *command(text_file, tmp_path / "together"), "--json"], launcher)
-    ours, theirs = summary_of(together), summary_of(alone)
+    ours, theirs = summary_of(together), json.loads(capfd.readouterr().out)
     assert together.stdout.count("\n") == 1, "one process reports"
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert ours["held_out"]["text.txt"] == pytest.approx(theirs["held_out"]["text.txt"], rel=1e-5)
@@ -118,8 +121,6 @@ def test_two_processes_share_the_work_of_one(text_file: Path, tmp_path: Path) ->
 def test_command_line_refuses_in_one_line(
     capfd: pytest.CaptureFixture[str], text_file: Path, tmp_path: Path, flags: list[str], message: str
 ) -> None:
-    from puna.cli import main
-
     assert main(["train", "--data", str(text_file), "--out", str(tmp_path / "out"), *flags]) == 2
     error = capfd.readouterr().err
     assert message in error

@@ -14,7 +14,7 @@ from puna.models import load_model
 from puna.training.replicas import Replicas
 from puna.training.run import ModelShape, Sources, prepare
 from puna.training.state import remove_partial_files
-from puna.training.trainer import TrainingOptions
+from puna.training.trainer import Trainer, TrainingOptions
 
 Options = Callable[..., TrainingOptions]
 
@@ -128,6 +128,23 @@ def test_a_given_tokenizer_is_used(
     trainer = prepare(given, shape, options())
     assert (given.out / "tokenizer.json").read_bytes() == (sources.out / "tokenizer.json").read_bytes()
     assert trainer.model.config.vocab_size == Tokenizer.from_pretrained(sources.out).vocab_size
+
+
+def test_half_precision_weights_are_refused(sources: Sources, shape: ModelShape, options: Options) -> None:
+    trainer = prepare(sources, shape, options())
+    trainer.save()
+    with pytest.raises(ValueError, match="the model is in bfloat16: load it with dtype='float32'"):
+        Trainer(load_model(sources.out, dtype="bfloat16"), trainer.held_out["text.txt"], {}, options(), sources.out, {})
+
+
+def test_files_of_one_name_keep_their_losses_apart(
+    sources: Sources, shape: ModelShape, options: Options, tmp_path: Path, text_file: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / text_file.name
+    other.write_text("Another text.\n" * 50)
+    trainer = prepare(dataclasses.replace(sources, data=[text_file, other]), shape, options())
+    assert [result.name for result in trainer.evaluate()] == [str(text_file), str(other)]
 
 
 def test_seed_alone_decides_the_first_weights(

@@ -12,6 +12,7 @@ import torch
 
 from puna.checkpoints import open_checkpoint, resolve_path
 from puna.config import GenerationConfig, LLaMAConfig
+from puna.distributed import NullCommunicator
 from puna.engine.tokenizer import Tokenizer
 from puna.layers.linear import RowLinear
 from puna.models import load_model
@@ -150,16 +151,21 @@ def _check_init(init: str, context: int) -> None:
 
 def _documents(sources: Sources) -> tuple[list[str], dict[str, list[str]]]:
     """The documents to train on, and the held-out ones by the name of their file."""
-    by_file = [(file.name, read_documents(file)) for file in sources.data]
+    data = _read_all(sources.data)
     if sources.held_out:
-        held_out = {file.name: read_documents(file) for file in sources.held_out}
-        return [document for _, documents in by_file for document in documents], held_out
+        return [document for documents in data.values() for document in documents], _read_all(sources.held_out)
     training: list[str] = []
     held_out = {}
-    for name, documents in by_file:
+    for name, documents in data.items():
         kept, held_out[name] = hold_out(documents, sources.eval_fraction)
         training += kept
     return training, held_out
+
+
+def _read_all(files: Sequence[Path]) -> dict[str, list[str]]:
+    """The documents by the name of their file, or its path where several have that name."""
+    names = [file.name for file in files]
+    return {file.name if names.count(file.name) == 1 else str(file): read_documents(file) for file in files}
 
 
 def _tokenizer_files(
@@ -196,7 +202,8 @@ def _build_model(
             )
         return model
     torch.manual_seed(options.seed)
-    model = LLaMAForCausalLM(shape.config(tokenizer.vocab_size, options.context)).to(device)
+    config = shape.config(tokenizer.vocab_size, options.context)
+    model = LLaMAForCausalLM(config, NullCommunicator(device)).to(device)
     with torch.no_grad():
         # What a layer adds to the residual stream starts small, so that the sum over the layers keeps its size (GPT-2).
         for module in model.modules():

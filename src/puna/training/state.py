@@ -76,8 +76,9 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, set
                 with torch.no_grad():
                     parameter.copy_(handle.get_tensor(f"weight/{name}"))
                 if step > 0:
+                    count = torch.tensor(float(step), device=parameter.device)
                     moments = {m: handle.get_tensor(f"{m}/{name}").to(parameter.device) for m in _MOMENTS}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+                    optimizer.state[parameter] = {"step": count, **moments}
     except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(f"{file} is damaged or of another version of puna ({error}): start a new run") from error
     return step

@@ -114,7 +114,8 @@ class Trainer:
     """Trains a float32 model in place. `run` does what is left of the run and reports as it goes.
 
     With several `replicas`, each process has a Trainer with the same arguments; the first one writes the files.
-    `held_out` maps names to texts. `extra_files` (a tokenizer's) are written beside the model.
+    `held_out` maps names to texts. `extra_files` (a tokenizer's) are written beside the model. Raises ValueError for a
+    model in another dtype, and for a batch or a text that doesn't fit the options.
     """
 
     def __init__(
@@ -136,6 +137,8 @@ class Trainer:
         self.windows = TrainingWindows(text, options.context, options.seed)
         self.device = next(model.parameters()).device
         self.parameters = list(model.parameters())
+        if any(parameter.dtype != torch.float32 for parameter in self.parameters):
+            raise ValueError(f"the model is in {model.config.dtype}: load it with dtype='float32' to train it")
         groups = [
             {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
             {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
