@@ -24,7 +24,7 @@ def test_documents_are_what_stands_between_the_markers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b" \n", "no text"), (b"caf\xe9", "not UTF-8"), (b"<|endoftext|>\n", "no text")]
+    ("content", "message"), [(b" \n", "no text"), (b"\xff\xfe", "not UTF-8"), (b"<|endoftext|>\n", "no text")]
 )
 def test_files_without_text_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "a.txt"

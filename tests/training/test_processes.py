@@ -35,6 +35,7 @@ def command(text_file: Path, out: Path, **flags: object) -> list[str]:
         "vocab-size": 300,
         "context": 32,
         "steps": 12,
+        "threads": 1,
         "batch-size": 4,
         "warmup-steps": 2,
         "save-dtype": "float32",
