@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
-import huggingface_hub  # its package loads its parts when they are first used, so this costs a local model nothing
+import huggingface_hub  # it loads its parts when they are first used, so this costs a local model next to nothing
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from puna.checkpoints.hugging_face import INDEX_FILE, SINGLE_FILE, index_files
 
@@ -71,6 +73,10 @@ def _download(hub_id: str) -> Path:
 
 
 def _snapshot(hub_id: str, names: tuple[str, ...]) -> Path:
+    # One of its bars, which counts files, is drawn even where there is no terminal.
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(names)))
     # Its errors have no common base: those of the HTTP library in use, of the file system and its own.
@@ -80,3 +86,6 @@ def _snapshot(hub_id: str, names: tuple[str, ...]) -> Path:
             f"{hub_id} is not a folder here, and could not be downloaded from the Hugging Face hub "
             f"({type(error).__name__}: {reason})"
         ) from error
+    finally:
+        if quiet:
+            enable_progress_bars()
