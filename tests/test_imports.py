@@ -33,7 +33,7 @@ MAY_IMPORT: Final = MappingProxyType(
         "models": "layers checkpoints quantization ops distributed config mapping",
         "scheduling": "config",
         "runtime": "models layers ops scheduling distributed config mapping",
-        "engine": "scheduling runtime models checkpoints distributed config mapping",
+        "engine": "planning scheduling runtime models checkpoints distributed config mapping",
         "training": "models checkpoints engine layers distributed config mapping",
         "planning": "scheduling config mapping",
         "llm": "engine scheduling runtime models checkpoints distributed config mapping",

@@ -23,7 +23,7 @@ from puna.mapping import Mapping
 from puna.models import MODELS, LLaMAForCausalLM, load_model
 from puna.models.loading import save_model
 from puna.runtime.kv_pool import KVPool
-from puna.runtime.step_inputs import StepInputs
+from puna.runtime.step_buffers import StepBuffers
 from puna.scheduling.step_plan import StepPlan, StepRow
 
 SMALL: dict[str, Any] = {
@@ -152,10 +152,10 @@ def test_logits_of_all_ranks_together(name: str, tp_size: int, pp_size: int, fol
 @pytest.mark.parametrize("name", ["llama", "llama_tied_mqa", "mixtral"])
 def test_packed_tokens_on_two_ranks(name: str, folder_of: Callable[[str], Path]) -> None:
     rows = [
-        StepRow(sequence_id=0, first_position=0, token_ids=(1, 2, 3, 4, 0), block_ids=(2, 0), prompt_length=5),
-        StepRow(sequence_id=1, first_position=0, token_ids=(4, 4), block_ids=(1,), prompt_length=2),
+        StepRow(0, 0, (1, 2, 3, 4, 0), block_ids=(2, 0), prompt_length=5, sampled_ids=(0,)),
+        StepRow(1, 0, (4, 4), block_ids=(1,), prompt_length=2, sampled_ids=(1,)),
     ]
-    inputs = StepInputs.from_plan(StepPlan(tuple(rows)), block_size=4)
+    inputs = StepBuffers(8, 2, 2, block_size=4).fill(StepPlan(tuple(rows)))
 
     def run(model: LLaMAForCausalLM, comm: Communicator) -> Tensor:
         pool = KVPool(model.config, comm, 3, block_size=4)
@@ -163,7 +163,7 @@ def test_packed_tokens_on_two_ranks(name: str, folder_of: Callable[[str], Path])
             return model(
                 inputs.input_ids,
                 inputs.position_ids,
-                last_token_ids=inputs.last_token_ids,
+                last_token_ids=inputs.logits_ids,
                 kv_cache_params=pool.params(),
                 attention_params=inputs.attention_params,
             )

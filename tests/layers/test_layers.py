@@ -20,7 +20,7 @@ from puna.models.llama import LLaMADecoderLayer, LLaMAForCausalLM, LLaMAModel
 from puna.models.loading import save_model
 from puna.quantization import weight_format
 from puna.runtime.kv_pool import KVPool
-from puna.runtime.step_inputs import StepInputs
+from puna.runtime.step_buffers import StepBuffers, StepInputs
 from puna.scheduling.step_plan import StepPlan, StepRow
 
 SMALL: dict[str, Any] = {
@@ -153,7 +153,7 @@ def test_bad_dense_calls(arguments: dict[str, Any], words: str) -> None:
 
 def packed_inputs() -> StepInputs:
     row = StepRow(sequence_id=0, first_position=0, token_ids=(1, 2, 3), block_ids=(0,), prompt_length=3)
-    return StepInputs.from_plan(StepPlan((row,)), block_size=4)
+    return StepBuffers(3, 1, 1, block_size=4).fill(StepPlan((row,)))
 
 
 def test_bad_packed_calls() -> None:
@@ -172,10 +172,10 @@ def test_bad_packed_calls() -> None:
 
 def test_bad_plans_and_pools() -> None:
     with pytest.raises(ValueError, match="nothing to run"):
-        StepInputs.from_plan(StepPlan(()), 4)
+        StepBuffers(8, 2, 2, 4).fill(StepPlan(()))
     row = StepRow(sequence_id=8, first_position=3, token_ids=(1, 2), block_ids=(0,), prompt_length=3)
     with pytest.raises(ValueError, match="sequence 8 has 5 tokens, but its 1 blocks hold 4"):
-        StepInputs.from_plan(StepPlan((row,)), 4)
+        StepBuffers(8, 2, 2, 4).fill(StepPlan((row,)))
     with pytest.raises(ValueError, match="num_blocks is 0"):
         KVPool(CONFIG, NullCommunicator(), 0)
 

@@ -109,8 +109,8 @@ class Oracle:
     def logits(self, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """float32 [B, S, V] of one forward pass over tokens [B, S] in `dtype`.
 
-        The model is loaded anew: one in use remembers the longest sequence for dynamic rotary scaling, and a cast one has
-        rounded rotary frequencies.
+        The model is loaded anew: one in use remembers the longest sequence for dynamic rotary scaling, and a cast one
+        has rounded rotary frequencies.
         """
         model = type(self.model).from_pretrained(self.folder, dtype=dtype)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 from puna.layers.params import KeyValueCacheParams
 from puna.models import LLaMAForCausalLM, load_model
 from puna.runtime.kv_pool import KVPool
-from puna.runtime.step_inputs import StepInputs
+from puna.runtime.step_buffers import StepBuffers
 from puna.scheduling.step_plan import StepPlan, StepRow
 
 BLOCK_SIZE = 4
@@ -36,6 +36,7 @@ class PackedRunner:
         self.blocks = [tuple(shuffled[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
         self.model = model
         self.pool = KVPool(model.config, model.comm, sum(counts), BLOCK_SIZE)
+        self.buffers = StepBuffers(sum(lengths), len(lengths), max(counts), BLOCK_SIZE)
 
     @torch.no_grad()
     def step(self, rows: list[tuple[int, int, list[int], int]]) -> Tensor:
@@ -52,7 +53,7 @@ class PackedRunner:
                 for sequence, first, tokens, prompt_length in rows
             )
         )
-        inputs = StepInputs.from_plan(plan, BLOCK_SIZE)
+        inputs = self.buffers.fill(plan)
         return self.model(
             inputs.input_ids,
             inputs.position_ids,

@@ -8,8 +8,8 @@ from typing import Annotated, Final
 
 import typer
 
-from puna.cli.machine import peak_memory_bytes
 from puna.cli.options import ModelFlags, SamplingFlags, unbundle
+from puna.runtime.machine import peak_memory_bytes
 
 # Where --max-new-tokens is not given: a few paragraphs, and less where the context ends first.
 DEFAULT_MAX_NEW_TOKENS: Final = 256

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from puna import __version__
-from puna.cli.machine import affinity_cpus, cpu_quota
 from puna.cli.options import DtypeName
+from puna.runtime.machine import affinity_cpus, cpu_quota
 
 if TYPE_CHECKING:
     from puna.cli.model_report import ModelReport

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from puna.checkpoints import open_checkpoint
-from puna.cli.machine import peak_memory_bytes, usable_cpus
 from puna.cli.options import ModelFlags, SamplingFlags, generation_options
-from puna.cli.stops import StopStrings
 from puna.config import GenerationConfig, LLaMAConfig
 from puna.engine.detokenizer import Detokenizer
+from puna.engine.stop_strings import StopStrings
 from puna.engine.tokenizer import Tokenizer
 from puna.models import load_model
 from puna.models.generation_mixin import GenerationOptions
 from puna.models.loading import resolved_config
+from puna.runtime.machine import peak_memory_bytes, usable_cpus
 
 if TYPE_CHECKING:
     from puna.models.llama import LLaMAForCausalLM

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from puna.cli.machine import usable_cpus
 from puna.cli.options import DtypeName, unbundle
+from puna.runtime.machine import usable_cpus
 
 if TYPE_CHECKING:
     from puna.training.replicas import Replicas

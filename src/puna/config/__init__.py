@@ -1,7 +1,8 @@
-"""What a model is, read with types from its files: LLaMAConfig, RotaryScaling, GenerationConfig and the families."""
+"""What a model is, read with types from its files, and how an engine is set up."""
 
 from __future__ import annotations
 
+from puna.config.engine import EngineConfig
 from puna.config.families import FAMILIES, Family
 from puna.config.fields import FieldReader, read_json_object
 from puna.config.generation import GenerationConfig
@@ -12,6 +13,7 @@ __all__ = [
     "FAMILIES",
     "Activation",
     "Dtype",
+    "EngineConfig",
     "Family",
     "FieldReader",
     "GenerationConfig",

@@ -1,6 +1,8 @@
-"""KVPool: the paged cache, one pair of tensors for each of this rank's layers."""
+"""KVPool: the paged cache, one pair of tensors for each of this rank's layers; and the memory there is for it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -9,6 +11,7 @@ from puna.distributed import Communicator
 from puna.layers.linear import Segment
 from puna.layers.params import KeyValueCacheParams
 from puna.layers.pieces import torch_dtype
+from puna.runtime.machine import available_host_memory
 
 
 class KVPool:
@@ -32,3 +35,19 @@ class KVPool:
     def params(self) -> KeyValueCacheParams:
         """The pool as the model takes it."""
         return KeyValueCacheParams(key_caches=self.key_caches, value_caches=self.value_caches)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies the content of blocks, (from, to) each, in all layers; all are read before any is written."""
+        if not copies:
+            return
+        sources, targets = (list(blocks) for blocks in zip(*copies, strict=True))
+        for cache in (*self.key_caches, *self.value_caches):
+            cache[targets] = cache[sources]
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device. Raises ValueError where the system does not tell."""
+    if device.type == "cpu":
+        return available_host_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from puna.scheduling.beams import FinishedBeam
 from puna.scheduling.sequence import FinishReason, Request, Sequence
-from puna.scheduling.step_plan import TokenLogprobs
+from puna.scheduling.step_plan import PromptLogprobs, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,10 @@ class SequenceEvent:
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,10 @@ class BeamEvent:
 
 @dataclass(frozen=True, slots=True)
 class PromptEvent:
-    """Log-probabilities of a prompt's next tokens, in order."""
+    """Log-probabilities of a part of a prompt."""
 
     request: Request
-    logprobs: tuple[TokenLogprobs, ...]
+    logprobs: PromptLogprobs
 
 
 Event = SequenceEvent | BeamEvent | PromptEvent

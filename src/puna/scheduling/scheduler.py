@@ -331,7 +331,9 @@ class Scheduler:
                 else:
                     sequence.num_pending += 1
                     sampled_ids = (sequence.sequence_id, *self._begin_output(group, step))
-            prompt_logprobs = sequence.request.params.prompt_logprobs
+            num_logprobs, targets = sequence.request.params.prompt_logprobs, []
+            if num_logprobs is not None:
+                targets = sequence.token_ids[first + 1 : min(first + count + 1, sequence.prompt_length)]
             step.rows.append(
                 StepRow(
                     sequence.sequence_id,
@@ -341,7 +343,8 @@ class Scheduler:
                     sequence.prompt_length,
                     sampled_ids,
                     num_candidates,
-                    prompt_logprobs if first < sequence.prompt_length else None,
+                    tuple(targets),
+                    num_logprobs or 0,
                 )
             )
 

@@ -18,7 +18,7 @@ class StepRow(NamedTuple):
     the cache blocks of the whole sequence, in order, with room for these tokens. `prompt_length` is the prompt's.
     `sampled_ids`: the sequences that get a next token from the last row's logits: none within a prompt, several where
     one prompt is continued several times. `num_candidates`: with beams, that many likeliest tokens are wanted instead.
-    `prompt_logprobs`: for each token of a prompt, that many likeliest ones are wanted too.
+    `logprob_targets`: where the prompt's log-probabilities are wanted, the prompt's tokens that these ones predict.
     """
 
     sequence_id: int
@@ -28,7 +28,12 @@ class StepRow(NamedTuple):
     prompt_length: int
     sampled_ids: tuple[int, ...] = ()
     num_candidates: int = 0
-    prompt_logprobs: int | None = None
+    logprob_targets: tuple[int, ...] = ()
+    num_logprobs: int = 0
+
+    @property
+    def wants_logits(self) -> bool:
+        return bool(self.sampled_ids or self.num_candidates or self.logprob_targets)
 
     @property
     def sequence_length(self) -> int:
@@ -84,12 +89,21 @@ class SampledToken(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+class PromptLogprobs(NamedTuple):
+    """Those of the prompt's tokens from `first_position` on; after a preemption they may come a second time."""
+
+    first_position: int
+    tokens: tuple[TokenLogprobs, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`candidates`: for rows with beams, the likeliest next tokens, best first. `prompt_logprobs`: by sequence, for the
-    prompt's tokens that the row's tokens predict, in order. `errors`: sequences that can't go on, with the reason."""
+    """What a step chose. `candidates`: for rows with beams, the likeliest next tokens, best first.
+
+    `prompt_logprobs` by sequence, for the tokens that a row predicts. `errors`: sequences that can't go on, and why.
+    """
 
     tokens: tuple[SampledToken, ...]
     candidates: dict[int, tuple[tuple[int, float], ...]]
-    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    prompt_logprobs: dict[int, PromptLogprobs]
     errors: dict[int, str]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from puna.cli import machine
+from puna.runtime import machine
 
 
 def write(file: Path, text: str) -> None:

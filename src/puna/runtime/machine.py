@@ -1,4 +1,4 @@
-"""What this process may use of the machine: processors, by affinity and by cgroup quota, and memory used so far."""
+"""What this process may use of the machine, and has used: processors and memory, within its cgroups' limits."""
 
 from __future__ import annotations
 
@@ -68,3 +68,47 @@ def peak_memory_bytes() -> int:
     """The most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def available_host_memory(
+    meminfo: Path = Path("/proc/meminfo"),
+    membership: Path = Path("/proc/self/cgroup"),
+    root: Path = Path("/sys/fs/cgroup"),
+) -> int:
+    """The smaller of what the kernel calls available and what this process's cgroups (versions 1 and 2) have left.
+
+    Raises ValueError where the system tells nothing; then the cache's size must be given.
+    """
+    left: list[int] = []
+    for line in _file_lines(meminfo):
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            left.append(int(value.split()[0]) * 1024)
+    for line in _file_lines(membership):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "memory" if controllers else root
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            limit, used = (_number(folder / name) for name in names)
+            if limit is not None and used is not None:
+                left.append(max(0, limit - used))
+            if folder == base:
+                break
+    if not left:
+        raise ValueError("this system does not tell how much memory is free: give kv_cache_memory")
+    return min(left)
+
+
+def _number(file: Path) -> int | None:
+    words = _words(file)
+    return int(words[0]) if len(words) == 1 and words[0].isdigit() else None
+
+
+def _file_lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []

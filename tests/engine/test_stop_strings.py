@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.cli.stops import StopStrings
+from puna.engine.stop_strings import StopStrings
 
 # Two letters, so that overlaps are common.
 TEXTS = st.text(alphabet="ab", max_size=12)
