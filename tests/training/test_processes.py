@@ -116,7 +116,7 @@ def test_two_processes_share_the_work_of_one(
         ),
         (["--tokenizer", "somewhere", "--vocab-size", "300"], "leave out --vocab-size"),
         (["--held-out", "a.txt", "--eval-fraction", "0.1"], "leave out --eval-fraction"),
-        (["--dtype", "float16"], "dtype is 'float16': it must be float32 or bfloat16"),
+        (["--dtype", "float16"], "'float16'"),
     ],
 )
 def test_command_line_refuses_in_one_line(

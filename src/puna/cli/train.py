@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import math
 import os
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from puna.training.trainer import HeldOut, Step, Trainer
 
 _FILES, _MODEL, _TRAINING, _MACHINE = "Files", "New model", "Training", "Machine and reports"
+
+
+class ComputeDtype(str, enum.Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +100,12 @@ class TrainingFlags:
         1.0
     )
     dtype: Annotated[
-        DtypeName,
+        ComputeDtype,
         typer.Option(
             help="What to multiply in: float32, or bfloat16 by autocast. Weights stay float32.",
             rich_help_panel=_TRAINING,
         ),
-    ] = DtypeName.float32
+    ] = ComputeDtype.float32
     save_dtype: Annotated[DtypeName, typer.Option(help="What the model is written in.", rich_help_panel=_TRAINING)] = (
         DtypeName.bfloat16
     )
@@ -130,8 +136,9 @@ def train(
 ) -> None:
     """Train a LLaMA on text files, from scratch or from a checkpoint.
 
-    The folder can be used after every checkpoint (puna generate --model OUT). A run that was stopped goes on with the
-    same command and --resume. Several processes share the work under torchrun --nproc-per-node N -m puna train.
+    The folder can be used after every checkpoint: puna generate --model OUT.
+    A run that was stopped goes on with the same command and --resume.
+    torchrun --nproc-per-node 2 -m puna train ... shares the work of a run.
 
     Example: puna train --data stories.txt --out my-model
     """
@@ -157,7 +164,7 @@ def train(
 def _given(flags: SourceFlags | ShapeFlags | TrainingFlags) -> dict[str, Any]:
     """The fields that have a value, as the dataclasses of puna.training want them."""
     values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)}
-    plain = {name: value.value if isinstance(value, DtypeName) else value for name, value in values.items()}
+    plain = {name: value.value if isinstance(value, enum.Enum) else value for name, value in values.items()}
     return {name: value for name, value in plain.items() if value is not None}
 
 
