@@ -29,7 +29,7 @@ COMMAND = """
 import sys
 from puna.models import load_model
 try:
-    print(float(load_model(sys.argv[1]).ln_f.weight.sum()))
+    print(load_model(sys.argv[1]).ln_f.weight.sum().item())
 except (FileNotFoundError, ValueError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -203,7 +203,7 @@ NOT_DOWNLOADED = "is not a folder here, and could not be downloaded from the Hug
 def test_from_the_environment_then_from_the_cache(make: Make, tmp_path: Path, stand_in: Hub) -> None:
     expected = load_model(publish(make, tmp_path).path).ln_f.weight.sum()
     result = load_elsewhere(stand_in, tmp_path)
-    assert result == (0, f"{float(expected)}\n", "")  # and no bar, off a terminal
+    assert result == (0, f"{expected.item()}\n", "")  # and no bar, off a terminal
     assert stand_in.downloaded() == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     assert not [line for line in stand_in.requests if "xet" in line]
 
