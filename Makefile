@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 2
 .PHONY: demo test lint format clean
 
 demo: $(INSTALLED)
-	$(BIN)/puna generate --model demo --stats "Once upon a time"
+	$(BIN)/puna generate --model demo --echo --seed 1 --stats "Once upon a time"
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

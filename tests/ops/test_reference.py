@@ -190,5 +190,5 @@ def test_the_first_backend_that_supports_an_op_serves_it_and_refusals_are_report
 
 
 def test_an_op_that_nobody_supports_is_an_error_with_the_reasons() -> None:
-    with pytest.raises(ValueError, match="no backend supports embedding .* no embedding for heads of 8"):
+    with pytest.raises(ValueError, match=r"no backend supports embedding .* no embedding for heads of 8"):
         choose(SPEC, (_OnlyNorms(),))
