@@ -12,7 +12,7 @@ from puna.runtime import sampling_ops as ops
 from puna.scheduling.step_plan import TokenLogprobs
 
 # Rows at a time, so that a long prompt's log-probabilities never all exist at once.
-MAX_ELEMENTS: Final = 1 << 22
+MAX_ELEMENTS: Final = 1 << 20
 
 
 def candidates(logits: Tensor, k: int) -> list[tuple[tuple[int, float], ...]]:

@@ -149,49 +149,56 @@ def _point(weights: Tensor, uniform: Tensor) -> Tensor:
 def _keep_nucleus(scaled: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
     """weights [R, C], 0 outside of the fewest likeliest tokens that hold top_p of it (Holtzman et al., 2019)."""
     target = (weights.sum(dim=1, keepdim=True).double() * top_p).ceil_().to(torch.int64)
-    if weights.shape[1] <= SORTED_COLUMNS:
-        return weights * _before(scaled, weights, target)
-    # The upper half of a float's bits orders all that share a sign: 128 buckets for each power of two.
-    bucket = (scaled.abs().view(torch.int32) >> 16).to(torch.int64)
-    held = weights.new_zeros(len(weights), 1 << 15).scatter_add_(1, bucket, weights)
-    ends = held.cumsum(dim=1)
-    edge = (ends < target).sum(dim=1, keepdim=True).clamp_(max=held.shape[1] - 1)
-    target = target - (ends - held).gather(1, edge)
-    row, column = (bucket == edge).nonzero(as_tuple=True)
-    counts = torch.bincount(row, minlength=len(weights))
-    slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    width = int(counts.max())
-    edge_scaled = scaled.new_full((len(weights), width), -torch.inf)
-    edge_scaled[row, slot] = scaled[row, column]
-    edge_weights = weights.new_zeros(len(weights), width)
-    edge_weights[row, slot] = weights[row, column]
-    edge_weights *= _before(edge_scaled, edge_weights, target)
-    kept = weights.masked_fill(bucket >= edge, 0)
-    kept[row, column] = edge_weights[row, slot]
-    return kept
-
-
-def _before(scaled: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """bool [R, C]: tokens above which, highest first, less than `target` [R, 1] of the weight lies."""
-    order = scaled.sort(dim=1, descending=True, stable=True).indices
-    sorted_weights = weights.gather(1, order)
-    is_kept = sorted_weights.cumsum(dim=1) - sorted_weights < target
-    return torch.zeros_like(is_kept).scatter_(1, order, is_kept)
+    return _keep_nearest(scaled.abs(), weights, target)
 
 
 def _keep_typical(scaled: Tensor, relative: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
     """weights [R, C], 0 outside of the tokens whose surprise is nearest to the entropy (Meister et al., 2022).
 
-    |-log p - H| is |mean of scaled - scaled|: the logarithm of the total cancels.
+    |-log p - H| is |mean of scaled - scaled|: the logarithm of the total cancels. Ties with the last one stay.
     """
-    is_out = weights == 0
     total = weights.sum(dim=1, keepdim=True).double()
-    moment = (relative * scaled * 2.0**WEIGHT_BITS).masked_fill_(is_out, 0).to(torch.int64).sum(dim=1, keepdim=True)
-    distance = (scaled.double() - moment.double() / total).abs_().masked_fill_(is_out, torch.inf)
-    nearest, order = distance.sort(dim=1, stable=True)
-    target = (total * mass).ceil_().to(torch.int64)
-    last = (weights.gather(1, order).cumsum(dim=1) < target).sum(dim=1, keepdim=True).clamp_(max=weights.shape[1] - 1)
-    return weights.masked_fill(distance > nearest.gather(1, last), 0)
+    moments = (relative * scaled).mul_(2.0**WEIGHT_BITS).masked_fill_(weights == 0, 0).to(torch.int64)
+    mean = moments.sum(dim=1, keepdim=True).double() / total
+    distance = (scaled - mean.float()).abs_()
+    kept = _keep_nearest(distance, weights, (total * mass).ceil_().to(torch.int64))
+    farthest = distance.masked_fill(kept == 0, 0).amax(dim=1, keepdim=True)
+    return weights.masked_fill(distance > farthest, 0)
+
+
+def _keep_nearest(distance: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """weights [R, C], 0 outside of the tokens of least distance, as many as it takes to `target` [R, 1] of weight.
+
+    Among equal distances the lowest ids come first. Distances are float32, 0 or above.
+    """
+    if weights.shape[1] <= SORTED_COLUMNS:
+        return weights * _is_before(distance, weights, target)
+    # The upper half of a float's bits is in the order of the floats: 128 buckets for each power of two.
+    bucket = (distance.view(torch.int32) >> 16).to(torch.int64)
+    held = weights.new_zeros(len(weights), 1 << 15).scatter_add_(1, bucket, weights)
+    ends = held.cumsum(dim=1)
+    edge = (ends < target).sum(dim=1, keepdim=True).clamp_(max=held.shape[1] - 1)
+    target = target - (ends - held).gather(1, edge)
+    # Only the bucket in which the target lies is sorted.
+    row, column = (bucket == edge).nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(weights))
+    slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    edge_distance = distance.new_full((len(weights), int(counts.max())), torch.inf)
+    edge_distance[row, slot] = distance[row, column]
+    edge_weights = torch.zeros_like(edge_distance, dtype=torch.int64)
+    edge_weights[row, slot] = weights[row, column]
+    edge_weights *= _is_before(edge_distance, edge_weights, target)
+    kept = weights.masked_fill(bucket >= edge, 0)
+    kept[row, column] = edge_weights[row, slot]
+    return kept
+
+
+def _is_before(distance: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """bool [R, C]: tokens before which, nearest first, less than `target` [R, 1] of the weight lies."""
+    order = distance.sort(dim=1, stable=True).indices
+    sorted_weights = weights.gather(1, order)
+    is_kept = sorted_weights.cumsum(dim=1) - sorted_weights < target
+    return torch.zeros_like(is_kept).scatter_(1, order, is_kept)
 
 
 def _narrow(logits: Tensor, counts: Tensor, highest_count: int) -> tuple[Tensor, Tensor]:
