@@ -27,6 +27,9 @@ class DecodeStream(Protocol):
     def flush(self) -> str:
         """The text that is left: unfinished characters, as U+FFFD."""
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the UTF-8 of a text when it is not the text's first; empty if it adds nothing."""
+
 
 class Detokenizer:
     """Turns the ids of one sequence into text as they come.
@@ -61,6 +64,9 @@ class ByteLevelStream:
         self._decoder.reset()
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._lookup(token_id)
+
 
 class PieceStream:
     """Tokens are text or, with byte fallback, single bytes.
@@ -86,6 +92,12 @@ class PieceStream:
     def flush(self) -> str:
         return self._on_bytes(self._decode_pending(final=True))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self._lookup(token_id)
+        if isinstance(piece, int):
+            return bytes((piece,))
+        return b"" if piece is None else self._inside_text(piece).encode("utf-8")
+
     def _decode_pending(self, final: bool) -> str:
         text = ""
         while self._pending:
@@ -98,6 +110,9 @@ class PieceStream:
             self._pending = self._pending[size:]
             return text + decoded
         return text
+
+    def _inside_text(self, piece: str) -> str:
+        return piece
 
     def _on_piece(self, text: str) -> str:
         return text
@@ -139,6 +154,9 @@ class MetaspaceStream(PieceStream):
         self._drops = False
         return text.replace(self._replacement, space)
 
+    def _inside_text(self, piece: str) -> str:
+        return piece.replace(self._replacement, " ")
+
 
 class SpacedStream(PieceStream):
     """Joins tokens with spaces: what `tokenizers` does for a file that has no decoder."""
@@ -149,6 +167,9 @@ class SpacedStream(PieceStream):
         separator = "" if self._is_first else " "
         self._is_first = False
         return separator + text
+
+    def _inside_text(self, piece: str) -> str:
+        return " " + piece
 
 
 class SentencePieceStream(PieceStream):
@@ -169,6 +190,9 @@ class SentencePieceStream(PieceStream):
             elif text:
                 self._strips = False
         return text.replace(self._space, " ")
+
+    def _inside_text(self, piece: str) -> str:
+        return piece.replace(self._space, " ")
 
     def _on_bytes(self, text: str) -> str:
         if text:
