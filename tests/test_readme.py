@@ -45,6 +45,7 @@ def runnable(command: str) -> str:
     dry_run = [
         "make",
         "--dry-run",
+        "--no-print-directory",  # which make prints where a make runs this test
         "--old-file=.venv/.puna-installed",
         f"BIN={Path(sys.executable).parent}",
         *words[1:],
