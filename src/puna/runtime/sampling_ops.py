@@ -20,9 +20,11 @@ from torch import Tensor
 WEIGHT_BITS: Final = 35
 # One pass finds each block's highest logit at memory speed, and only the few blocks that matter are looked into.
 BLOCK: Final = 64
-# Rows up to this long are sorted; in longer ones only the bucket in which the nucleus ends is. A stable sort of 128k
-# floats takes 25 ms a row on one core, the buckets 0.5 ms.
+# To find a nucleus, rows up to this long are sorted; in longer ones the highest few are, and if those do not hold
+# enough, the bucket in which it ends. A stable sort of 128k floats takes 25 ms on one core, the buckets 2 ms, the few
+# 0.2 ms. A language model's nucleus of 0.9 at temperature 1 mostly has less than a hundred tokens.
 SORTED_COLUMNS: Final = 4096
+SORTED_FIRST: Final = 128
 
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 
@@ -149,7 +151,7 @@ def _point(weights: Tensor, uniform: Tensor) -> Tensor:
 def _keep_nucleus(scaled: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
     """weights [R, C], 0 outside of the fewest likeliest tokens that hold top_p of it (Holtzman et al., 2019)."""
     target = (weights.sum(dim=1, keepdim=True).double() * top_p).ceil_().to(torch.int64)
-    return _keep_nearest(scaled.abs(), weights, target)
+    return _keep_highest(scaled, weights, target)
 
 
 def _keep_typical(scaled: Tensor, relative: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
@@ -160,42 +162,54 @@ def _keep_typical(scaled: Tensor, relative: Tensor, weights: Tensor, mass: Tenso
     total = weights.sum(dim=1, keepdim=True).double()
     moments = (relative * scaled).mul_(2.0**WEIGHT_BITS).masked_fill_(weights == 0, 0).to(torch.int64)
     mean = moments.sum(dim=1, keepdim=True).double() / total
-    distance = (scaled - mean.float()).abs_()
-    kept = _keep_nearest(distance, weights, (total * mass).ceil_().to(torch.int64))
-    farthest = distance.masked_fill(kept == 0, 0).amax(dim=1, keepdim=True)
-    return weights.masked_fill(distance > farthest, 0)
+    nearness = (scaled - mean.float()).abs_().neg_()
+    kept = _keep_highest(nearness, weights, (total * mass).ceil_().to(torch.int64))
+    farthest = nearness.masked_fill(kept == 0, 0).amin(dim=1, keepdim=True)
+    return weights.masked_fill(nearness < farthest, 0)
 
 
-def _keep_nearest(distance: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """weights [R, C], 0 outside of the tokens of least distance, as many as it takes to `target` [R, 1] of weight.
+def _keep_highest(x: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """weights [R, C], 0 outside of the highest of x, as many as it takes to `target` [R, 1] of weight.
 
-    Among equal distances the lowest ids come first. Distances are float32, 0 or above.
+    x is float32, 0 or below. Among equals the lowest ids come first. Which of the three ways is taken changes nothing.
     """
     if weights.shape[1] <= SORTED_COLUMNS:
-        return weights * _is_before(distance, weights, target)
+        return weights * _is_before(x, weights, target)
+    highest, ids = _narrow(x, torch.full_like(target, SORTED_FIRST), SORTED_FIRST)
+    # What is not among the highest, and is here because of its neighbours, counts for nothing.
+    is_outside = highest < highest.topk(SORTED_FIRST, dim=1).values[:, -1:]
+    ids = ids.clamp_(max=weights.shape[1] - 1)
+    highest_weights = weights.gather(1, ids).masked_fill_(is_outside | highest.isinf(), 0)
+    if bool((highest_weights.sum(dim=1, keepdim=True) >= target).all()):
+        highest_weights *= _is_before(highest, highest_weights, target)
+        return torch.zeros_like(weights).scatter_add_(1, ids, highest_weights)
+    return _keep_by_buckets(x, weights, target)
+
+
+def _keep_by_buckets(x: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """_keep_highest where that may be thousands: only the bucket in which the target lies is sorted."""
     # The upper half of a float's bits is in the order of the floats: 128 buckets for each power of two.
-    bucket = (distance.view(torch.int32) >> 16).to(torch.int64)
+    bucket = (x.abs().view(torch.int32) >> 16).to(torch.int64)
     held = weights.new_zeros(len(weights), 1 << 15).scatter_add_(1, bucket, weights)
     ends = held.cumsum(dim=1)
     edge = (ends < target).sum(dim=1, keepdim=True).clamp_(max=held.shape[1] - 1)
     target = target - (ends - held).gather(1, edge)
-    # Only the bucket in which the target lies is sorted.
     row, column = (bucket == edge).nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=len(weights))
     slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    edge_distance = distance.new_full((len(weights), int(counts.max())), torch.inf)
-    edge_distance[row, slot] = distance[row, column]
-    edge_weights = torch.zeros_like(edge_distance, dtype=torch.int64)
+    edge_x = x.new_full((len(weights), int(counts.max())), -torch.inf)
+    edge_x[row, slot] = x[row, column]
+    edge_weights = torch.zeros_like(edge_x, dtype=torch.int64)
     edge_weights[row, slot] = weights[row, column]
-    edge_weights *= _is_before(edge_distance, edge_weights, target)
+    edge_weights *= _is_before(edge_x, edge_weights, target)
     kept = weights.masked_fill(bucket >= edge, 0)
     kept[row, column] = edge_weights[row, slot]
     return kept
 
 
-def _is_before(distance: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """bool [R, C]: tokens before which, nearest first, less than `target` [R, 1] of the weight lies."""
-    order = distance.sort(dim=1, stable=True).indices
+def _is_before(x: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """bool [R, C]: tokens before which, highest first, less than `target` [R, 1] of the weight lies."""
+    order = x.sort(dim=1, descending=True, stable=True).indices
     sorted_weights = weights.gather(1, order)
     is_kept = sorted_weights.cumsum(dim=1) - sorted_weights < target
     return torch.zeros_like(is_kept).scatter_(1, order, is_kept)

@@ -1,0 +1,81 @@
+"""AsyncEngine: an engine for asyncio programs, with an async iterator for each request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING
+
+from puna.engine.engine import Engine
+from puna.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
+from puna.scheduling.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+
+class AsyncEngine:
+    """Wraps an engine that runs in threads of its own; leaving `async with` shuts it down."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yields the request's output each time that it has grown; it is the same object, added to.
+
+        Closing the iterator, or cancelling the task that awaits it, cancels the request at once. Raises what
+        `Engine.submit` raises, and RuntimeError when the request fails on its way.
+        """
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[RequestDelta] = asyncio.Queue()
+
+        def listener(delta: RequestDelta) -> None:
+            loop.call_soon_threadsafe(deltas.put_nowait, delta)
+
+        token_ids = self.engine.parts.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        name = self.engine.submit(
+            token_ids,
+            params,
+            listener,
+            request_id=request_id,
+            priority=priority,
+            timeout=timeout,
+            cache_salt=cache_salt,
+        )
+        output = RequestOutput(
+            name,
+            prompt if isinstance(prompt, str) else None,
+            token_ids,
+            [CompletionOutput(index) for index in range(params.n)],
+        )
+        try:
+            while not output.finished:
+                output.add(await deltas.get())
+                while not deltas.empty():  # a slow reader gets all that came at once
+                    output.add(deltas.get_nowait())
+                yield output
+        finally:
+            self.engine.cancel(name)
+
+    async def shutdown(self) -> None:
+        """Cancels what runs and ends the engine's threads."""
+        await asyncio.to_thread(self.engine.shutdown)

@@ -1,0 +1,307 @@
+"""Engine: takes requests from any thread, runs them together step by step, and calls back with what comes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from puna.checkpoints import open_checkpoint
+from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
+from puna.distributed import NullCommunicator
+from puna.engine.executor import Executor, LocalExecutor
+from puna.engine.output_processor import OutputProcessor
+from puna.engine.outputs import RequestDelta
+from puna.engine.token_bytes import token_bytes
+from puna.engine.tokenizer import Tokenizer
+from puna.models import load_model
+from puna.models.loading import resolved_config
+from puna.planning.memory_plan import Capacity, MemoryPlan, plan_memory
+from puna.runtime.guided import GrammarCompiler
+from puna.runtime.kv_pool import KVPool, available_memory
+from puna.runtime.model_runner import ModelRunner
+from puna.runtime.sampler import Sampler, validate
+from puna.runtime.step_buffers import StepBuffers
+from puna.scheduling.beams import BeamParams
+from puna.scheduling.block_allocator import BlockAllocator
+from puna.scheduling.events import Event
+from puna.scheduling.sampling_params import SamplingParams
+from puna.scheduling.scheduler import Scheduler, SchedulerLimits
+from puna.scheduling.sequence import Request
+from puna.scheduling.step_plan import StepPlan, StepResult
+
+Listener = Callable[[RequestDelta], None]
+_NOTHING = StepResult((), {}, {}, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineParts:
+    """What an engine is made of. `Engine.from_pretrained` makes them for a checkpoint; tests bring their own."""
+
+    config: LLaMAConfig
+    generation_config: GenerationConfig
+    engine_config: EngineConfig
+    tokenizer: Tokenizer
+    scheduler: Scheduler
+    executor: Executor
+    grammars: GrammarCompiler
+    memory: MemoryPlan
+
+
+class Engine:
+    """Many requests at once over one model. Every method may be called from any thread.
+
+    One thread plans steps and reads results, another one (the executor's) runs them; a step is planned while the one
+    before it
+    runs. Listeners are called in the planning thread: they should hand over and return. When a step fails, every
+    request fails with its error, and the engine takes no more.
+    """
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.parts = parts
+        self.max_model_len = parts.engine_config.max_model_len or parts.config.context_length
+        self._seeds = random.Random(parts.engine_config.seed)
+        self._request_ids = itertools.count()
+        # Guards the scheduler and what follows. It is never held while a step runs or a listener is called.
+        self._lock = threading.Condition()
+        self._processors: dict[str, tuple[OutputProcessor, Listener]] = {}
+        self._stopping = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="puna-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        dtype: str | None = None,
+        device: torch.device | str = "cpu",
+        engine_config: EngineConfig | None = None,
+    ) -> Engine:
+        """Loads a checkpoint (see `puna.load_model`) and starts an engine on it.
+
+        Raises ValueError, before any weight is read, where model and cache do not fit into memory.
+        """
+        engine_config = EngineConfig() if engine_config is None else engine_config
+        checkpoint = open_checkpoint(model)
+        config = resolved_config(checkpoint, dtype)
+        tokenizer = Tokenizer.from_pretrained(checkpoint.folder)
+        max_model_len = engine_config.max_model_len or config.context_length
+        if max_model_len > config.context_length:
+            raise ValueError(
+                f"max_model_len is {max_model_len}, but the model's context is {config.context_length}: ask for at "
+                "most that"
+            )
+        comm = NullCommunicator(device)
+        capacity = Capacity(
+            max_model_len=max_model_len,
+            max_num_seqs=engine_config.max_num_seqs,
+            max_num_batched_tokens=max(engine_config.max_num_batched_tokens, engine_config.max_num_seqs),
+            block_size=engine_config.block_size,
+        )
+        memory = plan_memory(
+            config, comm.mapping, capacity, available_memory(comm.device), engine_config.kv_cache_memory
+        )
+        network = load_model(checkpoint.folder, config.dtype, comm=comm)
+        windows = [config.layer_window(layer) for layer in range(config.num_layers)]
+        limits = SchedulerLimits(
+            max_num_seqs=capacity.max_num_seqs,
+            max_num_batched_tokens=capacity.max_num_batched_tokens,
+            max_waiting=engine_config.max_waiting,
+            max_skips=engine_config.max_skips,
+            sliding_window=None if None in windows else max(window for window in windows if window is not None),
+        )
+        allocator = BlockAllocator(memory.num_blocks, capacity.block_size, engine_config.enable_prefix_caching)
+        eos = _eos_token_ids(checkpoint.generation_config, tokenizer)
+        grammars = GrammarCompiler(token_bytes(tokenizer), eos, config.vocab_size)
+        runner = ModelRunner(
+            network,
+            KVPool(config, comm, memory.num_blocks, capacity.block_size),
+            StepBuffers(
+                capacity.max_num_batched_tokens,
+                capacity.max_num_seqs,
+                -(-max_model_len // capacity.block_size),
+                capacity.block_size,
+                comm.device,
+            ),
+            Sampler(config.vocab_size, comm.device, grammars),
+        )
+        return cls(
+            EngineParts(
+                config=config,
+                generation_config=checkpoint.generation_config,
+                engine_config=engine_config,
+                tokenizer=tokenizer,
+                scheduler=Scheduler(limits, allocator),
+                executor=LocalExecutor(runner),
+                grammars=grammars,
+                memory=memory,
+            )
+        )
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str = "",
+        beams: BeamParams | None = None,
+    ) -> str:
+        """Queues a request and returns its id. `listener` gets its deltas, the last one with `finished`.
+
+        `timeout` is in seconds from now. Raises ValueError for what can't be run, QueueFullError (a ValueError) where
+        too many wait, and RuntimeError when the engine has stopped.
+        """
+        request = self._request(prompt_token_ids, params, request_id, priority, timeout, cache_salt, beams)
+        processor = OutputProcessor(request, self.parts.tokenizer, self._finish_sequence)
+        with self._lock:
+            if self._failure is not None or self._stopping:
+                raise RuntimeError(f"the engine has stopped: {self._failure or 'it was shut down'}")
+            self.parts.scheduler.add(request)
+            self._processors[request.request_id] = (processor, listener)
+            self._lock.notify_all()
+        return request.request_id
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request; its listener gets a last delta. Without effect for one that is unknown or has ended."""
+        with self._lock:
+            self.parts.scheduler.cancel(request_id)
+            self._lock.notify_all()
+
+    def shutdown(self) -> None:
+        """Cancels what runs, lets the listeners know, and ends the threads. May be called again."""
+        with self._lock:
+            self._stopping = True
+            for request_id in list(self._processors):
+                self.parts.scheduler.cancel(request_id)
+            self._lock.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None,
+        priority: int,
+        timeout: float | None,
+        cache_salt: str,
+        beams: BeamParams | None,
+    ) -> Request:
+        prompt, vocab_size = tuple(prompt_token_ids), self.parts.config.vocab_size
+        if not prompt:
+            raise ValueError("the prompt is empty: it needs at least one token")
+        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(
+                f"the prompt has the token {wrong}: the model's vocabulary goes from 0 to {vocab_size - 1}"
+            )
+        room = self.max_model_len - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}, which must hold "
+                "at least one more: shorten the prompt"
+            )
+        validate(params, vocab_size)
+        if params.guided is not None:
+            self.parts.grammars.compile(params.guided)
+        with self._lock:
+            seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
+        return Request(
+            request_id=f"request-{next(self._request_ids)}" if request_id is None else request_id,
+            prompt_token_ids=prompt,
+            params=params,
+            max_tokens=min(params.max_tokens or room, room),
+            seed=seed,
+            eos_token_ids=_eos_token_ids(self.parts.generation_config, self.parts.tokenizer),
+            priority=priority,
+            deadline=None if timeout is None else time.monotonic() + timeout,
+            cache_salt=cache_salt.encode() + self._rotary_salt(len(prompt)),
+            beams=beams,
+            bad_word_ids=self._bad_word_ids(params.bad_words),
+        )
+
+    def _rotary_salt(self, prompt_length: int) -> bytes:
+        """Keeps prompts apart whose keys are rotated differently because of their length (see AttentionParams)."""
+        scaling, trained = self.parts.config.rotary_scaling, self.parts.config.max_position_embeddings
+        if scaling is not None and scaling.type == "dynamic" and prompt_length > trained:
+            return b"/%d" % prompt_length
+        if scaling is not None and scaling.type == "longrope":
+            return b"/long" if prompt_length > (scaling.original_max_position_embeddings or trained) else b""
+        return b""
+
+    def _bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it is encoded at the start of a text and after a space."""
+        encode = self.parts.tokenizer.encode
+        spelled = {tuple(encode(text, add_special_tokens=False)) for word in words for text in (word, f" {word}")}
+        return tuple(sorted(ids for ids in spelled if ids))
+
+    # ---- the planning thread
+
+    def _run(self) -> None:
+        in_flight: Future[StepResult] | None = None
+        try:
+            while True:
+                with self._lock:
+                    while not (in_flight or self.parts.scheduler.has_work or self._stopping):
+                        self._lock.wait()
+                    if self._stopping and not self.parts.scheduler.has_work and in_flight is None:
+                        break
+                    plan = self.parts.scheduler.plan(time.monotonic())
+                in_flight = self._advance(plan, in_flight)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self.parts.executor.shutdown()
+
+    def _advance(self, plan: StepPlan | None, in_flight: Future[StepResult] | None) -> Future[StepResult] | None:
+        """Starts the plan behind the step that runs, then takes over that one's result."""
+        started = None if plan is None else self.parts.executor.submit(plan)
+        result = _NOTHING if in_flight is None else in_flight.result()
+        with self._lock:
+            events = self.parts.scheduler.commit(result)
+        self._deliver(events)
+        return started
+
+    def _deliver(self, events: list[Event]) -> None:
+        by_request: dict[str, list[Event]] = {}
+        for event in events:
+            by_request.setdefault(event.request.request_id, []).append(event)
+        for request_id, its_events in by_request.items():
+            known = self._processors.get(request_id)
+            if known is None:
+                continue
+            processor, listener = known
+            delta = processor.process(its_events)
+            if delta.finished:
+                with self._lock:
+                    self._processors.pop(request_id, None)
+            listener(delta)
+
+    def _finish_sequence(self, sequence_id: int) -> None:
+        with self._lock:
+            self.parts.scheduler.finish(sequence_id, "stop")
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._failure = f"{type(error).__name__}: {error}"
+            listeners = [(request_id, listener) for request_id, (_, listener) in self._processors.items()]
+            self._processors.clear()
+        for request_id, listener in listeners:
+            listener(RequestDelta(request_id, finished=True, error=self._failure))
+
+
+def _eos_token_ids(generation_config: GenerationConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """Those that either file names: some chat models name the end of a turn in only one of them."""
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return frozenset((*generation_config.eos_token_ids, *own))

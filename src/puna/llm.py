@@ -1,0 +1,230 @@
+"""LLM: the offline facade; a model in memory that answers lists of prompts."""
+
+from __future__ import annotations
+
+import queue
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from puna.config import EngineConfig
+from puna.engine.engine import Engine
+from puna.engine.outputs import BeamSearchOutput, CompletionOutput, RequestDelta, RequestOutput
+from puna.scheduling.beams import BeamParams
+from puna.scheduling.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+# A text, or {"prompt_token_ids": [...]}.
+Prompt = str | Mapping[str, Sequence[int]]
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a continuation is: the sum of its tokens' log-probabilities, and each one.
+
+    `is_greedy`: every token is the likeliest one at its place.
+    """
+
+    logprob: float
+    token_logprobs: list[float]
+    token_ids: list[int]
+    is_greedy: bool
+
+
+class LLM:
+    """Loads a model and generates with it; see EngineConfig for the limits. Several threads may use one.
+
+    Raises ValueError and FileNotFoundError as `puna.load_model` does, and ValueError, before weights are read, where
+    model and cache do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str | None = None,
+        device: torch.device | str = "cpu",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        kv_cache_memory: int | None = None,
+        enable_prefix_caching: bool = True,
+        block_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        limits = EngineConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory=kv_cache_memory,
+            enable_prefix_caching=enable_prefix_caching,
+            block_size=block_size,
+            seed=seed,
+        )
+        self.engine = Engine.from_pretrained(str(model), dtype, device, limits)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the engine's threads; what still runs is cancelled."""
+        self.engine.shutdown()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.engine.parts.tokenizer.encode(text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.engine.parts.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        show_progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Continues each prompt; one set of params for all, or one for each. Outputs are in the order of the prompts.
+
+        `show_progress` None means a bar where standard error is a terminal. Raises ValueError for a prompt or params
+        that can't be run; the others are then cancelled.
+        """
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(several)
+        else:
+            each = list(params)
+            if len(each) != len(several):
+                raise ValueError(f"there are {len(several)} prompts and {len(each)} params: give one for each, or one")
+        outputs = []
+        for prompt, its_params in zip(several, each, strict=True):
+            text, token_ids = self._tokens_of(prompt)
+            completions = [CompletionOutput(index) for index in range(its_params.n)]
+            outputs.append(RequestOutput("", text, token_ids, completions))
+        self._run(outputs, each, show_progress)
+        for output, its_params in zip(outputs, each, strict=True):
+            if its_params.echo:
+                prompt_text = self.decode(output.prompt_token_ids) if output.prompt is None else output.prompt
+                for completion in output.outputs:
+                    completion.text = prompt_text + completion.text
+        return outputs
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        show_progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or each of a list of them, through the model's chat template.
+
+        Raises ValueError where the model has none.
+        """
+        is_one = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if is_one else messages
+        encode = self.engine.parts.tokenizer.encode_chat
+        prompts = [
+            {
+                "prompt_token_ids": encode(
+                    conversation, tools, add_generation_prompt, continue_final_message, template_variables
+                )
+            }
+            for conversation in conversations
+        ]
+        return self.generate(prompts, params, show_progress=show_progress)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        beam_width: int,
+        max_tokens: int,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        ignore_eos: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best continuations of each prompt, by the rules of transformers; see BeamParams."""
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        beams = BeamParams(width=beam_width, length_penalty=length_penalty, early_stopping=early_stopping)
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=ignore_eos)
+        deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
+        names = [self.engine.submit(self._tokens_of(prompt)[1], params, deltas.put, beams=beams) for prompt in several]
+        found: dict[str, BeamSearchOutput] = {}
+        while len(found) < len(names):
+            delta = deltas.get()
+            if delta.error is not None:
+                raise RuntimeError(f"request {delta.request_id}: {delta.error}")
+            if delta.beams is not None:
+                found[delta.request_id] = BeamSearchOutput(list(delta.beams))
+        return [found[name] for name in names]
+
+    def score(self, prompt: Prompt, continuation: str | Sequence[int]) -> Score:
+        """How likely the continuation is after the prompt, token by token.
+
+        A text is encoded together with the prompt, and its tokens are those that come after the prompt's own. Raises
+        ValueError for an empty continuation, and where both together exceed the context.
+        """
+        text, token_ids = self._tokens_of(prompt)
+        if not isinstance(continuation, str):
+            whole = [*token_ids, *continuation]
+        elif text is None:
+            whole = [*token_ids, *self.encode(continuation, add_special_tokens=False)]
+        else:
+            whole = self.encode(text + continuation)
+        if len(whole) <= len(token_ids):
+            raise ValueError("the continuation is empty: it needs at least one token")
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        (output,) = self.generate({"prompt_token_ids": whole}, params, show_progress=False)
+        scored = (output.prompt_logprobs or [])[len(token_ids) :]
+        found = [position[token] for position, token in zip(scored, whole[len(token_ids) :], strict=True) if position]
+        values = [one.logprob for one in found]
+        return Score(sum(values), values, whole[len(token_ids) :], all(one.rank == 1 for one in found))
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self.encode(prompt)
+        if set(prompt) != {"prompt_token_ids"}:
+            raise ValueError(f'a prompt is {prompt!r}: give a text, or {{"prompt_token_ids": [...]}}')
+        return None, list(prompt["prompt_token_ids"])
+
+    def _run(self, outputs: list[RequestOutput], params: list[SamplingParams], show_progress: bool | None) -> None:
+        """Submits all and waits for all; where one is refused, the others are cancelled."""
+        deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
+        by_id: dict[str, RequestOutput] = {}
+        shows = sys.stderr.isatty() if show_progress is None else show_progress
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        try:
+            for output, its_params in zip(outputs, params, strict=True):
+                output.request_id = self.engine.submit(output.prompt_token_ids, its_params, deltas.put)
+                by_id[output.request_id] = output
+            with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shows) as progress:
+                task = progress.add_task("generating", total=len(outputs))
+                unfinished = len(outputs)
+                while unfinished:
+                    delta = deltas.get()
+                    by_id[delta.request_id].add(delta)
+                    if delta.finished:
+                        unfinished -= 1
+                        progress.advance(task)
+        except BaseException:
+            for request_id in by_id:
+                self.engine.cancel(request_id)
+            raise

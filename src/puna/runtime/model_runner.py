@@ -1,0 +1,102 @@
+"""ModelRunner: carries out step plans on one rank, from the plan's ids to the tokens that were chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from puna.models import LLaMAForCausalLM
+from puna.runtime.kv_pool import KVPool
+from puna.runtime.sampler import Sampler, candidates, token_logprobs
+from puna.runtime.step_buffers import StepBuffers, StepInputs
+from puna.runtime.step_graph import EagerStepGraph, StepGraph, bucket_for, bucket_sizes
+from puna.scheduling.step_plan import PromptLogprobs, StepPlan, StepResult
+
+
+class ModelRunner:
+    """Owns a rank's model, cache, buffers and sampler. `execute` is called with one plan after another, in order.
+
+    With `use_buckets`, steps in which every row has one token are padded to a bucket and run by its graph.
+    """
+
+    def __init__(
+        self, model: LLaMAForCausalLM, pool: KVPool, buffers: StepBuffers, sampler: Sampler, use_buckets: bool = False
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.buffers = buffers
+        self.sampler = sampler
+        self._buckets = bucket_sizes(buffers.max_rows) if use_buckets else ()
+        self._graphs: dict[int, StepGraph] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Runs one step. Sequences whose sampling fails are named in the result's errors."""
+        for ended in plan.ended_sequences:
+            self.sampler.remove(ended)
+        for new in plan.new_sequences:
+            self.sampler.add(new)
+        self.pool.copy_blocks(plan.copies)
+        return self._choose(plan, self._logits(plan))
+
+    def _logits(self, plan: StepPlan) -> Tensor:
+        """float32 [R, V], in the order of the rows; R counts all tokens of rows whose prompt is scored."""
+        bucket = None
+        if all(len(row.token_ids) == 1 for row in plan.rows):
+            bucket = bucket_for(len(plan.rows), self._buckets)
+        inputs = self.buffers.fill(plan, self._last_token, bucket)
+        if bucket is None:
+            return self._forward(inputs)
+        if bucket not in self._graphs:
+            self._graphs[bucket] = EagerStepGraph(self._forward)
+        return self._graphs[bucket].run(inputs)
+
+    def _last_token(self, sequence_id: int) -> int:
+        return self.sampler.last_tokens([sequence_id])[0]
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        """Receives hidden states from the pipeline rank before, or sends them to the next; logits on the last one."""
+        comm, config = self.model.comm, self.model.config
+        hidden = None
+        if not comm.mapping.is_first_pp_rank():
+            shape = (len(inputs.input_ids), config.hidden_size)
+            weight = next(self.model.parameters())
+            hidden = comm.recv(torch.empty(shape, dtype=weight.dtype, device=comm.device), comm.mapping.prev_pp_rank())
+        output: Tensor = self.model(
+            inputs.input_ids,
+            inputs.position_ids,
+            last_token_ids=inputs.logits_ids,
+            kv_cache_params=self.pool.params(),
+            attention_params=inputs.attention_params,
+            hidden_states=hidden,
+        )
+        if not comm.mapping.is_last_pp_rank():
+            comm.send(output, comm.mapping.next_pp_rank())
+            return output.new_empty((0, config.vocab_size))
+        return output
+
+    def _choose(self, plan: StepPlan, logits: Tensor) -> StepResult:
+        found_candidates: dict[int, tuple[tuple[int, float], ...]] = {}
+        prompt_logprobs: dict[int, PromptLogprobs] = {}
+        sampled_ids: list[int] = []
+        sampled_rows: list[int] = []
+        at = 0
+        if logits.shape[0] == 0:
+            return StepResult((), {}, {}, {})
+        for row in plan.rows:
+            if row.logprob_targets:
+                targets = torch.tensor(row.logprob_targets, device=logits.device)
+                scored = token_logprobs(logits[at : at + len(targets)], targets, row.num_logprobs)
+                prompt_logprobs[row.sequence_id] = PromptLogprobs(row.first_position + 1, tuple(scored))
+                at += len(row.token_ids) - 1
+            if row.num_candidates:
+                (found_candidates[row.sequence_id],) = candidates(logits[at : at + 1], row.num_candidates)
+            sampled_ids += row.sampled_ids
+            sampled_rows += [at] * len(row.sampled_ids)
+            at += row.wants_logits
+        if not sampled_ids:
+            return StepResult((), found_candidates, prompt_logprobs, {})
+        if sampled_rows != list(range(logits.shape[0])):
+            logits = logits[torch.tensor(sampled_rows, device=logits.device)]
+        output = self.sampler.sample(logits, sampled_ids)
+        return StepResult(output.tokens, found_candidates, prompt_logprobs, output.errors)
