@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.8},
     "top-k 50": {"top_k": 50},
     "top-p 0.9": {"top_p": 0.9},
+    "top-p 0.9, temp. 1.5": {"top_p": 0.9, "temperature": 1.5},  # 40,000 tokens of 128k
     "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
     "min-p 0.05": {"min_p": 0.05},
     "penalties, greedy": {"temperature": 0.0, "repetition_penalty": 1.1, "presence_penalty": 0.2},
@@ -34,8 +35,9 @@ PROMPT_LENGTH = 512
 def measure(rows: int, vocab_size: int, cases: list[dict[str, Any]], device: str) -> float:
     """Median seconds of a step in which row i has the params of case i modulo their number."""
     generator = torch.Generator().manual_seed(0)
-    # Spread like a language model's: at temperature 1, nine tenths of a row are on some hundred to a thousand tokens.
-    logits = (3 * torch.randn(rows, vocab_size, generator=generator)).to(device)
+    # Probabilities fall with the rank to the power of 1.5, as a language model's do: 60 tokens hold 0.9.
+    by_rank = -1.5 * torch.arange(1, vocab_size + 1).log()
+    logits = torch.stack([by_rank[torch.randperm(vocab_size, generator=generator)] for _ in range(rows)]).to(device)
     prompt = torch.randint(0, vocab_size, (PROMPT_LENGTH,), generator=generator)
     sampler = Sampler(vocab_size, device)
     for row in range(rows):

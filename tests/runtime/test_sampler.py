@@ -441,20 +441,37 @@ def test_a_row_draws_the_same_token_in_any_batch(is_coarse: bool) -> None:
         assert tokens_of(sampler.sample(logits[rows], rows)) == {row: expected[row] for row in rows}
 
 
-def test_long_and_short_paths_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sorting everything, or only the bucket in which the nucleus ends; blocks, or the whole row, for top-k."""
-    logits = normal(40, 9001).bfloat16().float()
+@pytest.mark.parametrize("is_coarse", [False, True])
+@pytest.mark.parametrize("scale", [0.3, 2.0, 6.0])
+def test_long_and_short_paths_choose_the_same(scale: float, is_coarse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorting everything, the highest few, or the bucket in which a set ends; blocks, or the whole row, for top-k."""
+    logits = normal(40, 9001, scale=scale)
+    logits = logits.bfloat16().float() if is_coarse else logits
     uniform = torch.rand(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ones = torch.ones(40, 1)
     top_p = torch.linspace(0.05, 1, 40, dtype=torch.float64).unsqueeze(1)
     top_k = torch.arange(1, 41).unsqueeze(1)
-    nucleus = ops.Shaping(ones, top_p=top_p)
-    found = ops.draw(logits, nucleus, uniform)[0]
+    ways = (ops.Shaping(ones, top_p=top_p), ops.Shaping(ones, typical_p=top_p), ops.Shaping(ones, top_p=1 - top_p / 2))
+    # One row at a time too, since a whole chunk goes by buckets once one of its rows has to.
+    single = [
+        torch.cat([ops.draw(logits[i : i + 1], row_of(way, i), uniform[i : i + 1])[0] for i in range(40)])
+        for way in ways
+    ]
+    chunked = [ops.draw(logits, way, uniform)[0] for way in ways]
     narrow = ops.draw(logits, ops.Shaping(ones, top_k, top_p, highest_top_k=40, is_narrow=True), uniform)[0]
     monkeypatch.setattr(ops, "SORTED_COLUMNS", 10_000)
-    assert torch.equal(found, ops.draw(logits, nucleus, uniform)[0])
+    for way, alone, together in zip(ways, single, chunked, strict=True):
+        assert torch.equal(alone, together)
+        assert torch.equal(alone, ops.draw(logits, way, uniform)[0])
     whole = ops.draw(logits, ops.Shaping(ones, top_k, top_p, highest_top_k=40), uniform)[0]
     assert torch.equal(narrow, whole)
+
+
+def row_of(shaping: ops.Shaping, row: int) -> ops.Shaping:
+    def part(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[row : row + 1]
+
+    return ops.Shaping(shaping.temperature[row : row + 1], top_p=part(shaping.top_p), typical_p=part(shaping.typical_p))
 
 
 def test_equal_seeds_give_equal_texts_and_others_do_not() -> None:
