@@ -14,7 +14,7 @@ class AttentionParams:
 
     query_starts int32 [B + 1]: sequence b has the rows query_starts[b] .. query_starts[b + 1].
     sequence_lengths int32 [B]: tokens of each sequence, this step's included.
-    block_tables int32 [B, blocks]: the cache blocks of each sequence, in order; entries past its end are ignored.
+    block_tables int32 [B, blocks]: the cache blocks of each sequence, in order; entries past its end name any.
     slot_mapping int64 [T]: where each token's key and value go, block * block size + offset.
     rotary_lengths int64 [T]: the length by which dynamic and longrope choose frequencies: the prompt's, or the token's
         position + 1 where it comes after the prompt. So it does not depend on how the prompt was chunked.

@@ -102,22 +102,57 @@ def paged_attention(
     """Causal attention of each sequence's newest tokens over its cached keys and values (vLLM, Kwon et al., 2023).
 
     Rows query_starts[b] .. query_starts[b + 1] of query [T, H, D] are the last tokens of sequence b, which has
-    sequence_lengths[b] tokens in the blocks block_tables[b], those rows' own included. -> [T, H, D]
+    sequence_lengths[b] tokens in the blocks block_tables[b], those rows' own included. Entries of block_tables past a
+    sequence's end must name blocks too, but what is in them does not matter. -> [T, H, D]
     """
     output = torch.empty_like(query)
     starts, lengths = query_starts.tolist(), sequence_lengths.tolist()
-    block_size = key_cache.shape[2]
+    single = [b for b in range(len(lengths)) if starts[b + 1] - starts[b] == 1]
+    if len(single) > 1:  # most rows of most steps: together, for the sake of speed
+        rows = torch.tensor([starts[b] for b in single], device=query.device)
+        tables, own_lengths = block_tables[single], sequence_lengths[single]
+        output[rows] = _single_queries(query[rows], key_cache, value_cache, tables, own_lengths, scale, sliding_window)
     for b, length in enumerate(lengths):
-        rows = slice(starts[b], starts[b + 1])
-        blocks = block_tables[b, : -(-length // block_size)]
+        if len(single) > 1 and starts[b + 1] - starts[b] == 1:
+            continue
+        rows_of_b = slice(starts[b], starts[b + 1])
+        blocks = block_tables[b, : -(-length // key_cache.shape[2])]
         # [blocks, K, block size, D] -> [1, K, length, D]
         key, value = (
             cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(query.dtype).unsqueeze(0)
             for cache in (key_cache, value_cache)
         )
-        one = attention(query[rows].transpose(0, 1).unsqueeze(0), key, value, None, scale, sliding_window)
-        output[rows] = one.squeeze(0).transpose(0, 1)
+        one = attention(query[rows_of_b].transpose(0, 1).unsqueeze(0), key, value, None, scale, sliding_window)
+        output[rows_of_b] = one.squeeze(0).transpose(0, 1)
     return output
+
+
+def _single_queries(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """paged_attention for sequences of one query each: query [B, H, D] -> [B, H, D]."""
+    longest = int(lengths.max())
+    positions = torch.arange(longest, device=query.device)
+    visible = positions < lengths[:, None]
+    if sliding_window is not None:
+        visible = visible & (positions >= lengths[:, None] - sliding_window)
+    # [B, blocks, K, block size, D] -> [B, K, longest, D]
+    blocks = block_tables[:, : -(-longest // key_cache.shape[2])]
+    key, value = (
+        cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, :longest].to(query.dtype)
+        for cache in (key_cache, value_cache)
+    )
+    grouped = query.shape[1] != key.shape[1]
+    one = F.scaled_dot_product_attention(
+        query.unsqueeze(2), key, value, attn_mask=visible[:, None, None], scale=scale, enable_gqa=grouped
+    )
+    return one.squeeze(2)
 
 
 def route_experts(router_logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
