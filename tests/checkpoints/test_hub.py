@@ -314,12 +314,8 @@ def test_not_an_id(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_goes_before_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_path("owner/name") == Path("owner/name")
-    assert resolve_path("demo") == Path("demo")
-    monkeypatch.chdir(tmp_path / "owner")
-    assert resolve_path("demo").parent.name == "puna"
 
 
 def test_nothing_of_the_hub_is_imported_for_a_folder(make: Make) -> None:
@@ -331,3 +327,15 @@ def test_nothing_of_the_hub_is_imported_for_a_folder(make: Make) -> None:
         [sys.executable, "-c", command, str(make().path)], capture_output=True, text=True, timeout=60, check=True
     )
     assert child.stdout == "[]\n"
+
+
+def test_demo_is_the_model_in_the_package_unless_a_folder_of_that_name_has_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    packaged = resolve_path("demo")
+    assert (packaged / "model.safetensors").is_file()
+    (tmp_path / "demo").mkdir()
+    assert resolve_path("demo") == packaged
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    assert resolve_path("demo") == Path("demo")

@@ -36,6 +36,10 @@ def resolve_path(path: str | Path) -> Path:
     """
     try:
         folder = Path(path).expanduser()
+        # Many a working folder has a `demo` of its own; it is meant only if there is a model in it.
+        is_model = any((folder / name).is_file() for name in ("config.json", "params.json"))
+        if str(path) == "demo" and not is_model:
+            return Path(__file__).parent.parent / "demo"
         if folder.is_dir():
             return folder
         is_file = folder.is_file()
@@ -44,8 +48,6 @@ def resolve_path(path: str | Path) -> Path:
         raise FileNotFoundError(f"{str(path)[:100]} is not a folder ({reason})") from error
     if is_file:
         raise ValueError(f"{path} is a file: give the folder that it is in, which also holds config.json")
-    if str(path) == "demo":
-        return Path(__file__).parent.parent / "demo"
     if not _HUB_ID.fullmatch(str(path)):
         raise FileNotFoundError(f"{path} is not a folder, nor the id of a model on the Hugging Face hub (owner/name)")
     return _download(str(path))
