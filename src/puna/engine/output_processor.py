@@ -30,7 +30,7 @@ class OutputProcessor:
     """Takes the events of one request; `stop_sequence` is called to end a sequence at a stop string."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, stop_sequence: Callable[[int], None]) -> None:
-        self._request = request
+        self.request = request
         self._tokenizer = tokenizer
         self._stop_sequence = stop_sequence
         count = 0 if request.beams is not None else request.params.n
@@ -54,15 +54,18 @@ class OutputProcessor:
                     self._prompt_logprobs[first + offset] = self._position(position)
             elif isinstance(event, BeamEvent):
                 finished = True
+                error = error or event.error
+                if event.finish_reason != "stop":
+                    error = f"the beam search ended before it was done: {event.finish_reason}"
                 beams = tuple(
                     BeamSequence(list(b.token_ids), b.cum_logprob, b.score, self._text(b.token_ids))
                     for b in event.beams
                 )
-        if self._request.beams is None:
+        if self.request.beams is None:
             finished = error is not None or all(completion.finished for completion in self._completions)
-        wants_prompt = finished and self._request.params.prompt_logprobs is not None
+        wants_prompt = finished and self.request.params.prompt_logprobs is not None
         return RequestDelta(
-            self._request.request_id,
+            self.request.request_id,
             tuple(completions),
             tuple(self._prompt_logprobs) if wants_prompt else None,
             beams,
@@ -82,7 +85,7 @@ class OutputProcessor:
             completion.num_tokens += 1
             logprobs = () if event.logprobs is None else (self._position(event.logprobs),)
             if reason == "stop":
-                if event.token_id not in self._request.eos_token_ids:
+                if event.token_id not in self.request.eos_token_ids:
                     stop_reason = event.token_id
             else:
                 text = self._push(completion, completion.detokenizer.push(event.token_id))
@@ -97,7 +100,7 @@ class OutputProcessor:
         return CompletionDelta(event.sequence.index, text, token_ids, logprobs, reason, stop_reason)
 
     def _push(self, completion: _Completion, text: str) -> str:
-        if completion.num_tokens <= self._request.params.min_tokens:
+        if completion.num_tokens <= self.request.params.min_tokens:
             return completion.stops.skip(text)
         return completion.stops.push(text)
 
@@ -108,4 +111,4 @@ class OutputProcessor:
         return {position.token_id: chosen} | {t: v for t, v in found.items() if t != position.token_id}
 
     def _text(self, token_ids: tuple[int, ...]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._request.params.skip_special_tokens)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self.request.params.skip_special_tokens)

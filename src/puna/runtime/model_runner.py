@@ -36,6 +36,8 @@ class ModelRunner:
             self.sampler.remove(ended)
         for new in plan.new_sequences:
             self.sampler.add(new)
+        if not plan.rows:
+            return StepResult((), {}, {}, {})
         self.pool.copy_blocks(plan.copies)
         return self._choose(plan, self._logits(plan))
 
@@ -77,6 +79,7 @@ class ModelRunner:
 
     def _choose(self, plan: StepPlan, logits: Tensor) -> StepResult:
         found_candidates: dict[int, tuple[tuple[int, float], ...]] = {}
+        errors: dict[int, str] = {}
         prompt_logprobs: dict[int, PromptLogprobs] = {}
         sampled_ids: list[int] = []
         sampled_rows: list[int] = []
@@ -90,13 +93,16 @@ class ModelRunner:
                 prompt_logprobs[row.sequence_id] = PromptLogprobs(row.first_position + 1, tuple(scored))
                 at += len(row.token_ids) - 1
             if row.num_candidates:
-                (found_candidates[row.sequence_id],) = candidates(logits[at : at + 1], row.num_candidates)
+                (found,) = candidates(logits[at : at + 1], row.num_candidates)
+                found_candidates[row.sequence_id] = found
+                if not found:
+                    errors[row.sequence_id] = "the model's logits are NaN or infinite"
             sampled_ids += row.sampled_ids
             sampled_rows += [at] * len(row.sampled_ids)
             at += row.wants_logits
         if not sampled_ids:
-            return StepResult((), found_candidates, prompt_logprobs, {})
+            return StepResult((), found_candidates, prompt_logprobs, errors)
         if sampled_rows != list(range(logits.shape[0])):
             logits = logits[torch.tensor(sampled_rows, device=logits.device)]
         output = self.sampler.sample(logits, sampled_ids)
-        return StepResult(output.tokens, found_candidates, prompt_logprobs, output.errors)
+        return StepResult(output.tokens, found_candidates, prompt_logprobs, errors | output.errors)

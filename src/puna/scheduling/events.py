@@ -31,6 +31,7 @@ class BeamEvent:
     request: Request
     beams: tuple[FinishedBeam, ...]
     finish_reason: FinishReason = "stop"
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     # A function of (token ids so far, logits [V]) that returns the logits to use; the tensor is torch's.
     LogitsProcessor = Callable[[Sequence[int], Any], Any]
 
 MAX_LOGPROBS = 1000
+_WHOLE_NUMBERS: Final = (
+    "n",
+    "top_k",
+    "no_repeat_ngram_size",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +58,8 @@ class SamplingParams:
     the same for the prompt. They are those of the model, before penalties and temperature.
     logit_bias: added to the logits of tokens. bad_words: texts that must not appear; allowed_token_ids: all others
     may not.
-    logits_processors: functions (token ids so far, logits [V]) -> logits [V], applied after everything else.
+    logits_processors: functions (token ids so far, logits [V]) -> logits [V], applied after penalties and bans, before
+    the grammar and temperature.
     guided: a constraint on the text. echo: the prompt's text stands before the output's.
     """
 
@@ -82,6 +93,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name in _WHOLE_NUMBERS:
+            value = getattr(self, name)
+            # A fraction would be found out in the middle of a step, which others share.
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number")
         ranges = (
             ("n", self.n >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or above"),
@@ -111,3 +127,7 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {wanted}")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n is {self.n} with temperature 0: all would be the same, so raise the temperature")
+        if self.guided is not None and self.ignore_eos:
+            raise ValueError(
+                "ignore_eos is set with guided: the end of sequence is what ends a guided text, so leave it out"
+            )

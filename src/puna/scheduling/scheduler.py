@@ -86,7 +86,7 @@ class Scheduler:
         self._groups_of: dict[str, list[Group]] = {}
         self._running: dict[Group, None] = {}
         self._waiting = WaitingQueue(limits.max_skips)
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines: list[tuple[float, int, Request]] = []
         self._new: list[NewSequence] = []
         self._ended: list[int] = []
         self._events: list[Event] = []
@@ -101,7 +101,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or len(self._waiting) or self._events)
+        return bool(self._running or len(self._waiting) or self._events or self._ended)
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises QueueFullError, or ValueError for one that could never run with these limits."""
@@ -131,17 +131,20 @@ class Scheduler:
         self._register(group)
         self._waiting.push(group, self._num_plans)
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+            if len(self._deadlines) > 2 * len(self._groups_of) + 64:  # most are of requests that have ended
+                self._deadlines = [entry for entry in self._deadlines if self._is_alive(entry[2])]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (request.deadline, group.arrival, request))
 
     def cancel(self, request_id: str, reason: FinishReason = "abort") -> None:
         """Ends all of a request's sequences at once; without effect for one that is unknown or has ended."""
         for group in list(self._groups_of.get(request_id, ())):
-            if group.beam_search is not None:
-                self._events.append(BeamEvent(group.request, tuple(group.beam_search.finished), reason))
-            else:
-                group.sequences[0].finish_reason = reason
-                self._events.append(SequenceEvent(group.sequences[0], finish_reason=reason))
-            self._drop(group)
+            self._end(group, reason)
+
+    def cancel_request(self, request: Request, reason: FinishReason = "abort") -> None:
+        """The same for this very request, whose id another one may have by now."""
+        if self._is_alive(request):
+            self.cancel(request.request_id, reason)
 
     def finish(self, sequence_id: int, reason: FinishReason) -> None:
         """Ends one sequence, since its text has met a stop string; no event tells of it."""
@@ -151,7 +154,10 @@ class Scheduler:
             self._drop(group)
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
-        """The next step, or None where there is nothing to compute now. `now` is the clock that deadlines are in."""
+        """The next step, or None where there is nothing to compute now. `now` is the clock that deadlines are in.
+
+        When nothing runs any more, a last plan without rows tells the runner which sequences have ended.
+        """
         self._expire(now)
         self._num_plans += 1
         self._waiting.mark_overdue(self._num_plans)
@@ -170,7 +176,7 @@ class Scheduler:
                 self._plan_running(group, step)
         if not step.preempted:
             self._admit(step)
-        if not step.rows:
+        if not step.rows and (self._running or not self._ended):
             return None
         size = self.allocator.block_size
         for group in step.groups:
@@ -186,10 +192,7 @@ class Scheduler:
         for sequence_id, error in result.errors.items():
             group = self._sequences.get(sequence_id)
             if group is not None:
-                sequence = group.sequences[0]
-                sequence.finish_reason = "error"
-                self._events.append(SequenceEvent(sequence, finish_reason="error", error=error))
-                self._drop(group)
+                self._end(group, "error", error)
         for sequence_id, logprobs in result.prompt_logprobs.items():
             group = self._sequences.get(sequence_id)
             if group is not None:
@@ -515,6 +518,15 @@ class Scheduler:
         self._sequences[group.sequences[0].sequence_id] = group
         self._groups_of.setdefault(group.request.request_id, []).append(group)
 
+    def _end(self, group: Group, reason: FinishReason, error: str | None = None) -> None:
+        """Ends a group before its time, and tells of it."""
+        if group.beam_search is not None:
+            self._events.append(BeamEvent(group.request, tuple(group.beam_search.finished), reason, error))
+        else:
+            group.sequences[0].finish_reason = reason
+            self._events.append(SequenceEvent(group.sequences[0], finish_reason=reason, error=error))
+        self._drop(group)
+
     def _drop(self, group: Group) -> None:
         """Forgets a group that has ended; its full blocks stay cached."""
         for sequence in group.sequences:
@@ -532,5 +544,8 @@ class Scheduler:
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            self.cancel(request_id, "deadline")
+            self.cancel_request(heapq.heappop(self._deadlines)[2], "deadline")
+
+    def _is_alive(self, request: Request) -> bool:
+        groups = self._groups_of.get(request.request_id)
+        return groups is not None and groups[0].request is request
