@@ -112,10 +112,9 @@ class LLM:
             if len(each) != len(several):
                 raise ValueError(f"there are {len(several)} prompts and {len(each)} params: give one for each, or one")
         outputs = []
-        for prompt, its_params in zip(several, each, strict=True):
+        for prompt in several:
             text, token_ids = self._tokens_of(prompt)
-            completions = [CompletionOutput(index) for index in range(its_params.n)]
-            outputs.append(RequestOutput("", text, token_ids, completions))
+            outputs.append(RequestOutput("", text, token_ids, []))
         self._run(outputs, each, show_progress)
         for output, its_params in zip(outputs, each, strict=True):
             if its_params.echo:
@@ -161,19 +160,31 @@ class LLM:
         early_stopping: bool | Literal["never"] = False,
         ignore_eos: bool = False,
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` best continuations of each prompt, by the rules of transformers; see BeamParams."""
+        """The `beam_width` best continuations of each prompt, by the rules of transformers; see BeamParams.
+
+        Raises ValueError for a prompt that can't be run, and RuntimeError where a search is cut short; the others are
+        then cancelled.
+        """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         beams = BeamParams(width=beam_width, length_penalty=length_penalty, early_stopping=early_stopping)
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=ignore_eos)
         deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
-        names = [self.engine.submit(self._tokens_of(prompt)[1], params, deltas.put, beams=beams) for prompt in several]
+        tokens = [self._tokens_of(prompt)[1] for prompt in several]
+        names: list[str] = []
         found: dict[str, BeamSearchOutput] = {}
-        while len(found) < len(names):
-            delta = deltas.get()
-            if delta.error is not None:
-                raise RuntimeError(f"request {delta.request_id}: {delta.error}")
-            if delta.beams is not None:
-                found[delta.request_id] = BeamSearchOutput(list(delta.beams))
+        try:
+            for token_ids in tokens:
+                names.append(self.engine.submit(token_ids, params, deltas.put, beams=beams))
+            while len(found) < len(names):
+                delta = deltas.get()
+                if delta.error is not None:
+                    raise RuntimeError(f"request {delta.request_id}: {delta.error}")
+                if delta.beams is not None:
+                    found[delta.request_id] = BeamSearchOutput(list(delta.beams))
+        except BaseException:
+            for name in names:
+                self.engine.cancel(name)
+            raise
         return [found[name] for name in names]
 
     def score(self, prompt: Prompt, continuation: str | Sequence[int]) -> Score:
@@ -201,7 +212,7 @@ class LLM:
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.encode(prompt)
-        if set(prompt) != {"prompt_token_ids"}:
+        if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
             raise ValueError(f'a prompt is {prompt!r}: give a text, or {{"prompt_token_ids": [...]}}')
         return None, list(prompt["prompt_token_ids"])
 
@@ -214,6 +225,7 @@ class LLM:
         try:
             for output, its_params in zip(outputs, params, strict=True):
                 output.request_id = self.engine.submit(output.prompt_token_ids, its_params, deltas.put)
+                output.outputs = [CompletionOutput(index) for index in range(its_params.n)]
                 by_id[output.request_id] = output
             with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shows) as progress:
                 task = progress.add_task("generating", total=len(outputs))

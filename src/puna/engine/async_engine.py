@@ -74,7 +74,8 @@ class AsyncEngine:
                     output.add(deltas.get_nowait())
                 yield output
         finally:
-            self.engine.cancel(name)
+            if not output.finished:  # else the name may be another request's by now
+                self.engine.cancel(name)
 
     async def shutdown(self) -> None:
         """Cancels what runs and ends the engine's threads."""

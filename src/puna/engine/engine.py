@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import operator
 import random
 import threading
 import time
@@ -38,6 +40,7 @@ from puna.scheduling.step_plan import StepPlan, StepResult
 
 Listener = Callable[[RequestDelta], None]
 _NOTHING = StepResult((), {}, {}, {})
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +61,9 @@ class Engine:
     """Many requests at once over one model. Every method may be called from any thread.
 
     One thread plans steps and reads results, another one (the executor's) runs them; a step is planned while the one
-    before it
-    runs. Listeners are called in the planning thread: they should hand over and return. When a step fails, every
-    request fails with its error, and the engine takes no more.
+    before it runs. Listeners are called in the planning thread: they should hand over and return. One that raises is
+    logged and not called again, and its request is cancelled; the others go on. When a step fails, every request fails
+    with its error, and the engine takes no more.
     """
 
     def __init__(self, parts: EngineParts) -> None:
@@ -70,7 +73,9 @@ class Engine:
         self._request_ids = itertools.count()
         # Guards the scheduler and what follows. It is never held while a step runs or a listener is called.
         self._lock = threading.Condition()
-        self._processors: dict[str, tuple[OutputProcessor, Listener]] = {}
+        # By the request itself (its id()), not by its name: a name may be taken again once its request has ended, while
+        # that one's last events still wait to be delivered.
+        self._processors: dict[int, tuple[OutputProcessor, Listener]] = {}
         self._stopping = False
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="puna-engine", daemon=True)
@@ -83,15 +88,18 @@ class Engine:
         dtype: str | None = None,
         device: torch.device | str = "cpu",
         engine_config: EngineConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
     ) -> Engine:
         """Loads a checkpoint (see `puna.load_model`) and starts an engine on it.
 
+        `tokenizer` is the checkpoint's own, of a caller that has read it already: large ones take a while.
         Raises ValueError, before any weight is read, where model and cache do not fit into memory.
         """
         engine_config = EngineConfig() if engine_config is None else engine_config
         checkpoint = open_checkpoint(model)
         config = resolved_config(checkpoint, dtype)
-        tokenizer = Tokenizer.from_pretrained(checkpoint.folder)
+        tokenizer = Tokenizer.from_pretrained(checkpoint.folder) if tokenizer is None else tokenizer
         max_model_len = engine_config.max_model_len or config.context_length
         if max_model_len > config.context_length:
             raise ValueError(
@@ -168,7 +176,7 @@ class Engine:
             if self._failure is not None or self._stopping:
                 raise RuntimeError(f"the engine has stopped: {self._failure or 'it was shut down'}")
             self.parts.scheduler.add(request)
-            self._processors[request.request_id] = (processor, listener)
+            self._processors[id(request)] = (processor, listener)
             self._lock.notify_all()
         return request.request_id
 
@@ -182,8 +190,8 @@ class Engine:
         """Cancels what runs, lets the listeners know, and ends the threads. May be called again."""
         with self._lock:
             self._stopping = True
-            for request_id in list(self._processors):
-                self.parts.scheduler.cancel(request_id)
+            for processor, _ in self._processors.values():
+                self.parts.scheduler.cancel(processor.request.request_id)
             self._lock.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -198,7 +206,11 @@ class Engine:
         cache_salt: str,
         beams: BeamParams | None,
     ) -> Request:
-        prompt, vocab_size = tuple(prompt_token_ids), self.parts.config.vocab_size
+        vocab_size = self.parts.config.vocab_size
+        try:
+            prompt = tuple(map(operator.index, prompt_token_ids))
+        except TypeError as error:
+            raise ValueError(f"the prompt is not a list of token ids: {error}") from error
         if not prompt:
             raise ValueError("the prompt is empty: it needs at least one token")
         wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
@@ -212,6 +224,13 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}, which must hold "
                 "at least one more: shorten the prompt"
             )
+        if params.n > self.parts.engine_config.max_num_seqs:
+            raise ValueError(
+                f"n is {params.n}, but max_num_seqs is {self.parts.engine_config.max_num_seqs}: ask for fewer, or "
+                "start with more"
+            )
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout is {timeout}: it must be seconds from now, or None")
         validate(params, vocab_size)
         if params.guided is not None:
             self.parts.grammars.compile(params.guided)
@@ -259,7 +278,7 @@ class Engine:
                         break
                     plan = self.parts.scheduler.plan(time.monotonic())
                 in_flight = self._advance(plan, in_flight)
-        except Exception as error:
+        except BaseException as error:  # whatever ends this thread, nobody must wait for it forever
             self._fail(error)
         finally:
             self.parts.executor.shutdown()
@@ -274,31 +293,54 @@ class Engine:
         return started
 
     def _deliver(self, events: list[Event]) -> None:
-        by_request: dict[str, list[Event]] = {}
+        by_request: dict[int, list[Event]] = {}
         for event in events:
-            by_request.setdefault(event.request.request_id, []).append(event)
-        for request_id, its_events in by_request.items():
-            known = self._processors.get(request_id)
+            by_request.setdefault(id(event.request), []).append(event)
+        for key, its_events in by_request.items():
+            known = self._processors.get(key)
             if known is None:
                 continue
             processor, listener = known
-            delta = processor.process(its_events)
+            try:
+                delta = processor.process(its_events)
+            except Exception as error:  # of one request's text: no reason to end the others
+                _log.exception("request %s: its output can't be made", processor.request.request_id)
+                delta = RequestDelta(processor.request.request_id, finished=True, error=_text_of(error))
             if delta.finished:
                 with self._lock:
-                    self._processors.pop(request_id, None)
-            listener(delta)
+                    del self._processors[key]
+                    if delta.error is not None:
+                        self.parts.scheduler.cancel_request(processor.request)
+            if not _call(listener, delta) and not delta.finished:
+                with self._lock:
+                    del self._processors[key]
+                    self.parts.scheduler.cancel_request(processor.request)
 
     def _finish_sequence(self, sequence_id: int) -> None:
         with self._lock:
             self.parts.scheduler.finish(sequence_id, "stop")
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._lock:
-            self._failure = f"{type(error).__name__}: {error}"
-            listeners = [(request_id, listener) for request_id, (_, listener) in self._processors.items()]
+            self._failure = _text_of(error)
+            left = list(self._processors.values())
             self._processors.clear()
-        for request_id, listener in listeners:
-            listener(RequestDelta(request_id, finished=True, error=self._failure))
+        for processor, listener in left:
+            _call(listener, RequestDelta(processor.request.request_id, finished=True, error=self._failure))
+
+
+def _call(listener: Listener, delta: RequestDelta) -> bool:
+    """Whether the listener took the delta. Its errors are its caller's, such as an event loop that is closed."""
+    try:
+        listener(delta)
+    except Exception:
+        _log.exception("request %s: its listener failed, so it is cancelled", delta.request_id)
+        return False
+    return True
+
+
+def _text_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _eos_token_ids(generation_config: GenerationConfig, tokenizer: Tokenizer) -> frozenset[int]:

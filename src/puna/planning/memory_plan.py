@@ -40,14 +40,13 @@ class MemoryPlan:
 def plan_memory(
     config: LLaMAConfig, mapping: Mapping, capacity: Capacity, available: int, kv_cache_memory: int | None = None
 ) -> MemoryPlan:
-    """Sums up one rank's memory and sizes its cache: as `kv_cache_memory` says, or what all sequences can need at once
-    if that fits into most of what is left.
+    """Sums up a rank's memory and sizes its cache: as `kv_cache_memory` says, or what all sequences can need at once
+    if that fits into most of what is left. All ranks get the same plan, which is that of the fullest one.
 
     `available` and `kv_cache_memory` are bytes. Raises ValueError, with the sums and the largest context and batch that
     would fit, where not even one sequence of `max_model_len` tokens does.
     """
-    ranks = mapping.world_size
-    weights = -(-parameter_counts(config).total * DTYPE_BYTES[config.dtype] // ranks)
+    weights = _weights(config, mapping)
     workspace = _workspace(config, capacity)
     left = available - weights - workspace
     if left <= 0:
@@ -56,9 +55,9 @@ def plan_memory(
             f"the {_gib(available)} that are free: use a smaller model or dtype, or a smaller max_num_batched_tokens"
         )
     bytes_per_block = key_value_bytes_per_token(config) * capacity.block_size
-    # A rank holds a share of the heads, but at least one of them, and a share of the layers.
-    held_heads = -(-config.num_kv_heads // mapping.tp_size)
-    bytes_per_block = -(-bytes_per_block * held_heads * mapping.tp_size // (config.num_kv_heads * ranks))
+    # A rank holds a share of the heads, but at least one of them, and of the layers.
+    bytes_per_block = bytes_per_block // (config.num_kv_heads * config.num_layers)
+    bytes_per_block *= -(-config.num_kv_heads // mapping.tp_size) * _held_layers(config, mapping)
     blocks_per_sequence = -(-capacity.max_model_len // capacity.block_size)
     wanted = blocks_per_sequence * capacity.max_num_seqs + 1
     if kv_cache_memory is not None:
@@ -76,10 +75,34 @@ def plan_memory(
         raise ValueError(
             f"max_model_len is {capacity.max_model_len}, whose keys and values take "
             f"{_gib((blocks_per_sequence + 1) * bytes_per_block)}, but {source} has {_gib(budget)} (free "
-            f"{_gib(available)}, weights {_gib(weights)}, workspace {_gib(workspace)}): the largest context that fits is "
-            f"{longest} tokens, for one sequence at a time"
+            f"{_gib(available)}, weights {_gib(weights)}, workspace {_gib(workspace)}): the largest context that fits "
+            f"is {longest} tokens, for one sequence at a time"
         )
     return MemoryPlan(weights=weights, workspace=workspace, cache=num_blocks * bytes_per_block, num_blocks=num_blocks)
+
+
+def _held_layers(config: LLaMAConfig, mapping: Mapping) -> int:
+    """Those of the fullest stage."""
+    return -(-config.num_layers // mapping.pp_size)
+
+
+def _weights(config: LLaMAConfig, mapping: Mapping) -> int:
+    """Bytes of the fullest rank's weights: an upper bound that counts what every rank of a stage repeats."""
+    counts, tp = parameter_counts(config), mapping.tp_size
+    # Key and value heads are repeated where there are fewer than ranks.
+    repeated = (
+        2
+        * (config.hidden_size + config.attn_bias)
+        * config.head_size
+        * max(0, tp - config.num_kv_heads)
+        * config.num_layers
+    )
+    split = -(-(counts.attention + repeated + counts.mlp + counts.experts) // tp)
+    layers = -(-(split + counts.norms + counts.router) * _held_layers(config, mapping) // config.num_layers)
+    ends = counts.embedding + counts.head
+    if mapping.pp_size > 1:  # the first stage has the embedding, the last the head, which may be a copy of it
+        ends = max(counts.embedding, counts.head)
+    return (layers + -(-ends // tp)) * DTYPE_BYTES[config.dtype]
 
 
 def _workspace(config: LLaMAConfig, capacity: Capacity) -> int:

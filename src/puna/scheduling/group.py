@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
+from typing import Final
 
 from puna.scheduling.beams import BeamSearch
 from puna.scheduling.sequence import Request, Sequence
@@ -44,7 +45,8 @@ class Group:
         self.urgency = (True, request.priority, arrival, sequence.index)
         self.beam_search: BeamSearch | None = None
         if request.beams is not None:
-            self.beam_search = BeamSearch(request.beams, request.eos_token_ids, request.max_tokens)
+            ends = frozenset[int]() if request.params.ignore_eos else request.eos_token_ids
+            self.beam_search = BeamSearch(request.beams, ends, request.max_tokens)
 
     def mark_overdue(self) -> None:
         self.is_overdue = True
@@ -62,6 +64,10 @@ class Group:
             return new
         share = budget // len(new)
         return [min(count - (len(new) > 1), share) for count in new]
+
+
+# How many entries of a queue may be out of date before they are sorted out, however few groups wait.
+_SPARE_ENTRIES: Final = 64
 
 
 class WaitingQueue:
@@ -98,7 +104,17 @@ class WaitingQueue:
 
     def remove(self, group: Group) -> None:
         """Without effect for a group that does not wait."""
-        self._groups.pop(group, None)
+        if group not in self._groups:
+            return
+        del self._groups[group]
+        # Entries that no longer hold would keep prompts alive: for long where ever more urgent ones come before them.
+        if len(self._by_urgency) + len(self._by_time) > 4 * len(self._groups) + 2 * _SPARE_ENTRIES:
+            self._by_urgency = [entry for entry in self._by_urgency if self._holds(entry[2], entry[1])]
+            heapq.heapify(self._by_urgency)
+            self._by_time = deque(entry for entry in self._by_time if self._holds(entry[1], entry[0]))
+        elif not self._groups:
+            self._by_urgency.clear()
+            self._by_time.clear()
 
     def mark_overdue(self, num_plans: int) -> None:
         while self._by_time and num_plans - self._by_time[0][0] > self._max_skips:

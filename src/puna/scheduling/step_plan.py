@@ -61,7 +61,7 @@ class StepPlan:
     """The rows of a step. Chunks of prompts and single tokens mix freely; there is no phase.
 
     `copies`: (from, to) blocks that are copied before the rows run. `new_sequences` come with the first step that
-    samples for them; `ended_sequences` will not be seen again.
+    samples for them; `ended_sequences` will not be seen again. A plan without rows only says what has ended.
     """
 
     rows: tuple[StepRow, ...]
