@@ -145,12 +145,21 @@ def test_json_with_beams(random_model: Any, puna: Run) -> None:
 
 def test_sampling_flags_reach_the_model(random_model: Any, puna: Run) -> None:
     flags = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.001, "repetition_penalty": 1.2, "seed": 7}
+    flags |= {"typical_p": 0.99, "presence_penalty": 0.5, "frequency_penalty": 0.25, "no_repeat_ngram_size": 3}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
     command = ("generate", "-m", random_model, "--json", "--ignore-eos", "--max-new-tokens", 16)
     result = json.loads(puna(*command, *words, "das Alpaka").out)
-    expected = dense_greedy(random_model, random_model.ids("das Alpaka"), 16, **flags)
+    expected = sampled(random_model, "das Alpaka", 16, **flags)
     assert result["token_ids"] == expected
     assert expected != dense_greedy(random_model, random_model.ids("das Alpaka"), 16)
+
+
+def sampled(folder: Any, prompt: str, count: int, **options: Any) -> list[int]:
+    """What the library gives for the same settings."""
+    params = puna.SamplingParams(max_tokens=count, ignore_eos=True, **options)
+    with puna.LLM(folder.path) as llm:
+        (output,) = llm.generate({"prompt_token_ids": folder.ids(prompt)}, params)
+    return output.outputs[0].token_ids
 
 
 @pytest.mark.parametrize("flag", [[], ["--temperature", "0"]])
@@ -162,15 +171,15 @@ def test_recommended_sampling_holds_unless_a_flag_says_otherwise(
     (folder / "generation_config.json").write_text(json.dumps(recommended))
     words = ("--json", "--ignore-eos", "--max-new-tokens", 16, "--seed", 5, *flag)
     result = json.loads(puna("generate", "-m", folder, *words, "das Alpaka").out)
-    options = {} if flag else {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "seed": 5}
-    assert result["token_ids"] == dense_greedy(random_model, random_model.ids("das Alpaka"), 16, **options)
+    options = {"temperature": 0} if flag else {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "seed": 5}
+    assert result["token_ids"] == sampled(random_model, "das Alpaka", 16, **options)
 
 
 def test_a_filter_alone_asks_for_sampling(random_model: Any, puna: Run) -> None:
     words = ("--json", "--ignore-eos", "--max-new-tokens", 16, "--seed", 5, "--top-k", 50)
     result = json.loads(puna("generate", "-m", random_model, *words, "das Alpaka").out)
     options = {"temperature": 1.0, "top_k": 50, "seed": 5}
-    assert result["token_ids"] == dense_greedy(random_model, random_model.ids("das Alpaka"), 16, **options)
+    assert result["token_ids"] == sampled(random_model, "das Alpaka", 16, **options)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +262,7 @@ def test_empty_prompt_needs_a_start_token(build_chain: Run, puna: Run, tmp_path:
         (["--temperature", "-1", "x"], "temperature is -1.0"),
         (["--top-p", "0", "x"], "top_p is 0.0"),
         (["--min-p", "2", "x"], "min_p is 2.0"),
-        (["--top-k", "-1", "x"], "top_k is -1"),
+        (["--top-k", "-2", "x"], "top_k is -2"),
         (["--repetition-penalty", "0", "x"], "repetition_penalty is 0.0"),
         (["--temperature", "0", "--top-k", "3", "x"], "leave out --top-k"),
         (["--num-beams", "2", "--top-k", "3", "x"], "leave out --top-k"),
@@ -268,7 +277,7 @@ def test_refused_before_the_weights_are_read(
     build_chain: Run, puna: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     folder = build_chain(tmp_path / "model", "xyzx", context=20)
-    monkeypatch.setattr("puna.cli.session.load_model", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("puna.engine.engine.load_model", lambda *_, **__: pytest.fail("the weights were read"))
     assert message in puna("generate", "-m", folder, *words).message
 
 

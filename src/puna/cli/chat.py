@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from puna.cli.errors import say
-from puna.cli.options import ModelFlags, SamplingFlags, unbundle
+from puna.cli.options import EngineFlags, ModelFlags, SamplingFlags, unbundle
 
 if TYPE_CHECKING:
+    from puna.cli.sampling import RequestSettings
     from puna.cli.session import Answer, OpenedModel
-    from puna.models.generation_mixin import GenerationOptions
-    from puna.models.llama import LLaMAForCausalLM
+    from puna.engine.engine import Engine
 
 # Where --max-new-tokens is not given, and the context does not end first.
 DEFAULT_MAX_NEW_TOKENS: Final = 1024
+# For keys and values, where no flag says how much. Contexts of 128K tokens would take 16 GiB of a model of 8B
+# parameters, which few conversations fill; all of it is allocated at the start.
+DEFAULT_CACHE_BYTES: Final = 1 << 30
 
 _HELP: Final = """\
 /system TEXT  set the system message (without TEXT: remove it)
@@ -34,35 +37,39 @@ A \\ at the end of a line continues the message on the next one. Ctrl-C stops an
 def chat(
     model_flags: ModelFlags,
     *,
+    engine_flags: EngineFlags,
     sampling: SamplingFlags,
     system: Annotated[str | None, typer.Option(help="System message to begin with.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show the speed after every answer.")] = False,
 ) -> None:
     """Talk with a model. Reads messages from the terminal, or line by line from a pipe.
 
+    The context is as long as 1 GiB of keys and values allows, unless --max-model-len or --kv-cache-memory says more.
+
     Example: puna chat --model Qwen/Qwen2.5-0.5B-Instruct
     """
-    stop_strings = sampling.stop_strings
-
     from puna.cli.session import OpenedModel, prepare_output
 
-    opened = OpenedModel.open(model_flags)
+    opened = OpenedModel.open(model_flags, engine_flags)
+    if engine_flags.max_model_len is None:
+        opened = opened.within(opened.kv_cache_memory or DEFAULT_CACHE_BYTES)
     if opened.tokenizer.chat_template is None:
         raise ValueError(
             f"{model_flags.model} has no chat template, so it was probably not trained to chat: use `puna generate`, "
             "or add the chat_template.jinja of its makers to its folder"
         )
     # Once, before the weights are read: a template without a place for it, or a flag out of range, is told at once.
-    opened.options(sampling, opened.tokenizer.encode_chat(_messages(system, [("user", "Hi")])), DEFAULT_MAX_NEW_TOKENS)
-    model, load_seconds = opened.load()
-    prepare_output()
-    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    conversation = Conversation(opened, model, sampling, stop_strings, system, load_seconds, is_interactive)
-    if is_interactive:
-        _talk(conversation, model_flags.model, stats)
-    else:
-        for message in _joined(line.rstrip("\r\n") for line in sys.stdin):
-            conversation.take(message, stats)
+    first = opened.tokenizer.encode_chat(_messages(system, [("user", "Hi")]))
+    width = opened.settings(sampling, first, DEFAULT_MAX_NEW_TOKENS).num_sequences
+    with opened.engine(opened.context_length, width) as (engine, load_seconds):
+        prepare_output()
+        is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        conversation = Conversation(opened, engine, sampling, system, load_seconds, is_interactive)
+        if is_interactive:
+            _talk(conversation, model_flags.model, stats)
+        else:
+            for message in _joined(line.rstrip("\r\n") for line in sys.stdin):
+                conversation.take(message, stats)
 
 
 class Conversation:
@@ -71,17 +78,15 @@ class Conversation:
     def __init__(
         self,
         opened: OpenedModel,
-        model: LLaMAForCausalLM,
+        engine: Engine,
         sampling: SamplingFlags,
-        stop_strings: tuple[str, ...],
         system: str | None,
         load_seconds: float,
         is_interactive: bool,
     ) -> None:
         self._opened = opened
-        self._model = model
+        self._engine = engine
         self._sampling = sampling
-        self._stop_strings = stop_strings
         self._system = system
         self._load_seconds = load_seconds
         self._is_interactive = is_interactive
@@ -113,8 +118,8 @@ class Conversation:
         """Streams an answer. Nothing is remembered of a message that can't be answered."""
         from puna.cli.session import Answer, write
 
-        turns, prompt_ids, options = self._fitted([*self._turns, ("user", message)])
-        answer = Answer(self._model, self._opened.tokenizer, prompt_ids, options, self._stop_strings)
+        turns, prompt_ids, settings = self._fitted([*self._turns, ("user", message)])
+        answer = Answer(self._engine, self._opened, prompt_ids, settings, drops_space=True)
         try:
             for delta in answer:
                 write(delta)
@@ -131,16 +136,16 @@ class Conversation:
         if answer.finish_reason == "interrupted":
             note("(stopped)")
         elif answer.finish_reason == "length":
-            full = len(prompt_ids) + len(answer.token_ids) >= self._opened.config.context_length
+            full = len(prompt_ids) + len(answer.token_ids) >= self._opened.context_length
             reason = "the context is full" if full else "--max-new-tokens sets the limit"
             note(f"(cut off after {len(answer.token_ids)} tokens: {reason})")
 
-    def _fitted(self, turns: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[int], GenerationOptions]:
-        """The turns without the oldest ones that the context has no room for, as turns, as tokens, and the options.
+    def _fitted(self, turns: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[int], RequestSettings]:
+        """The turns without the oldest ones that the context has no room for, as turns, as tokens, and the settings.
 
         A quarter of the context is kept for the answer, unless fewer tokens are asked for.
         """
-        context = self._opened.config.context_length
+        context = self._opened.context_length
         wanted = self._sampling.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         reserve = min(wanted, max(1, context // 4)) if self._sampling.max_new_tokens is None else wanted
         kept = turns
@@ -148,12 +153,12 @@ class Conversation:
         while len(prompt_ids) + reserve > context and len(kept) > 2:
             kept = kept[2:]  # a message with its answer, since templates want the roles by turns
             prompt_ids = self._encode(kept)
-        options = self._opened.options(self._sampling, prompt_ids, DEFAULT_MAX_NEW_TOKENS)
+        settings = self._opened.settings(self._sampling, prompt_ids, DEFAULT_MAX_NEW_TOKENS)
         forgotten = (len(turns) - len(kept)) // 2
         if forgotten:
             messages = "message and its answer" if forgotten == 1 else f"{forgotten} messages and their answers"
             note(f"(the context of {context} tokens is full: forgot the oldest {messages})")
-        return kept, prompt_ids, options
+        return kept, prompt_ids, settings
 
     def _encode(self, turns: list[tuple[str, str]]) -> list[int]:
         return self._opened.tokenizer.encode_chat(_messages(self._system, turns))
@@ -174,7 +179,7 @@ class Conversation:
     def _show_stats(self, _: str) -> None:
         from puna.cli.session import stats_lines
 
-        context = self._opened.config.context_length
+        context = self._opened.context_length
         messages = _messages(self._system, self._turns)
         encode = self._opened.tokenizer.encode_chat
         used = len(encode(messages, add_generation_prompt=False)) if self._turns else 0

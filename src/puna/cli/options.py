@@ -7,15 +7,16 @@ import enum
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Final, get_type_hints
 
 import typer
 
-if TYPE_CHECKING:
-    from puna.config import GenerationConfig
-    from puna.models.generation_mixin import GenerationOptions
-
-_SAMPLING, _BEAMS, _MODEL = "Sampling", "Beam search", "Model and machine"
+_SAMPLING: Final = "Sampling"
+_STOPPING: Final = "Length and end"
+_GUIDED: Final = "Guided decoding (one of these)"
+_BEAMS: Final = "Beam search"
+_MODEL: Final = "Model and machine"
 
 
 class DtypeName(str, enum.Enum):
@@ -56,11 +57,29 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """How much the engine holds."""
+
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of prompt and output; as the model has if less.", rich_help_panel=_MODEL),
+    ] = None
+    kv_cache_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory for keys and values, such as 2GiB.", rich_help_panel=_MODEL),
+    ] = None
+    no_prefix_caching: Annotated[
+        bool,
+        typer.Option("--no-prefix-caching", help="Compute every prompt from its start.", rich_help_panel=_MODEL),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
     """How tokens are chosen. What is not given is what the checkpoint's generation_config.json recommends."""
 
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens to generate.", rich_help_panel=_SAMPLING)
+        int | None, typer.Option(min=1, help="Most tokens to generate.", rich_help_panel=_STOPPING)
     ] = None
     temperature: Annotated[
         float | None,
@@ -80,8 +99,34 @@ class SamplingFlags:
         float | None,
         typer.Option(help="Drop tokens less likely than this times the likeliest.", rich_help_panel=_SAMPLING),
     ] = None
+    typical_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose among the most typical tokens that hold this probability.", rich_help_panel=_SAMPLING
+        ),
+    ] = None
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 makes earlier tokens less likely.", rich_help_panel=_SAMPLING)
+        float | None,
+        typer.Option(help="Above 1 makes tokens of prompt and output less likely.", rich_help_panel=_SAMPLING),
+    ] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Taken from the logit of every token in the output.", rich_help_panel=_SAMPLING)
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same, for every time that it stands there.", rich_help_panel=_SAMPLING)
+    ] = None
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(help="No run of so many tokens comes twice; 0 is off.", rich_help_panel=_SAMPLING)
+    ] = None
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=VALUE", help="Added to a token's logit; may be given several times.", rich_help_panel=_SAMPLING
+        ),
+    ] = None
+    bad_word: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that must not appear; may be given several times.", rich_help_panel=_SAMPLING),
     ] = None
     seed: Annotated[int | None, typer.Option(help="Makes a sampled run repeatable.", rich_help_panel=_SAMPLING)] = None
     num_beams: Annotated[
@@ -100,11 +145,29 @@ class SamplingFlags:
     ] = None
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End before this text; may be given several times.", rich_help_panel=_SAMPLING),
+        typer.Option(help="End before this text; may be given several times.", rich_help_panel=_STOPPING),
     ] = None
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.", rich_help_panel=_SAMPLING)
+        bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.", rich_help_panel=_STOPPING)
     ] = False
+    min_tokens: Annotated[
+        int | None, typer.Option(help="Nothing ends the text before so many tokens.", rich_help_panel=_STOPPING)
+    ] = None
+    guided_json: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|TEXT", help="JSON schema that the text must follow.", rich_help_panel=_GUIDED),
+    ] = None
+    guided_regex: Annotated[
+        str | None, typer.Option(help="Regular expression that the whole text must match.", rich_help_panel=_GUIDED)
+    ] = None
+    guided_grammar: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="EBNF grammar that the text must follow.", rich_help_panel=_GUIDED),
+    ] = None
+    guided_choice: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to choose among; may be given several times.", rich_help_panel=_GUIDED),
+    ] = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -113,61 +176,6 @@ class SamplingFlags:
         if "" in strings:
             raise ValueError("--stop is empty: give the text to stop at, or leave it out")
         return strings
-
-
-def generation_options(
-    flags: SamplingFlags, recommended: GenerationConfig, eos_token_ids: tuple[int, ...], max_new_tokens: int
-) -> GenerationOptions:
-    """The flags over what the checkpoint recommends, which is greedy unless it says `do_sample`.
-
-    Of the sampling flags, top-k, top-p and min-p ask for sampling by themselves. Raises ValueError for values out of
-    range and for flags that could have no effect.
-    """
-    from puna.models.generation_mixin import GenerationOptions
-
-    filters = {name: getattr(flags, name) for name in ("top_k", "top_p", "min_p")}
-    given = [_spelled(name) for name, value in filters.items() if value is not None]
-    beams = flags.num_beams or 1
-    if beams == 1:
-        for name in ("length_penalty", "early_stopping"):
-            if getattr(flags, name) is not None:
-                raise ValueError(f"{_spelled(name)} belongs to beam search: add --num-beams, or leave it out")
-    elif given:
-        raise ValueError(f"beam search does not sample: leave out {' and '.join(given)}, or --num-beams")
-    if flags.temperature == 0 and given:
-        raise ValueError(
-            f"--temperature 0 always takes the likeliest token: leave out {' and '.join(given)}, or raise it"
-        )
-
-    temperature = flags.temperature
-    if temperature is None:
-        samples = beams == 1 and (recommended.do_sample or bool(given))
-        temperature = recommended.temperature if samples else 0.0
-    sampling: dict[str, Any] = {}
-    if temperature != 0:
-        sampling = {
-            name: getattr(recommended, name) if value is None and recommended.do_sample else value
-            for name, value in filters.items()
-        }
-        sampling = {name: value for name, value in sampling.items() if value is not None}
-    if flags.length_penalty is not None:
-        sampling["length_penalty"] = flags.length_penalty
-    if flags.early_stopping is not None:
-        sampling["early_stopping"] = {"true": True, "false": False, "never": "never"}[flags.early_stopping.value]
-    penalty = flags.repetition_penalty
-    return GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        repetition_penalty=recommended.repetition_penalty if penalty is None else penalty,
-        seed=flags.seed,
-        eos_token_id=() if flags.ignore_eos else eos_token_ids,
-        num_beams=beams,
-        **sampling,
-    )
-
-
-def _spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def unbundle(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,83 +1,128 @@
-"""OpenedModel, a checkpoint ready to load; and Answer, one generation as it streams out as text."""
+"""OpenedModel, a checkpoint ready to load into an engine; and Answer, one generation as it streams out as text."""
 
 from __future__ import annotations
 
+import dataclasses
+import queue
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 
 from puna.checkpoints import open_checkpoint
-from puna.cli.options import ModelFlags, SamplingFlags, generation_options
-from puna.config import GenerationConfig, LLaMAConfig
-from puna.engine.detokenizer import Detokenizer
-from puna.engine.stop_strings import StopStrings
+from puna.cli.options import EngineFlags, ModelFlags, SamplingFlags
+from puna.cli.sampling import RequestSettings, num_bytes, request_settings
+from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
+from puna.engine.engine import Engine
+from puna.engine.outputs import CompletionOutput, PositionLogprobs, RequestDelta, RequestOutput
 from puna.engine.tokenizer import Tokenizer
-from puna.models import load_model
-from puna.models.generation_mixin import GenerationOptions
 from puna.models.loading import resolved_config
+from puna.planning.memory import key_value_bytes_per_token
 from puna.runtime.machine import peak_memory_bytes, usable_cpus
-
-if TYPE_CHECKING:
-    from puna.models.llama import LLaMAForCausalLM
-
-FinishReason = Literal["stop", "length", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """What is known of a model before its weights are read: enough to refuse a request at once."""
+    """What is known of a model before its weights are read: enough to refuse a request at once.
+
+    `context_length` is the model's, or the flag's where that is less.
+    """
 
     folder: Path
     config: LLaMAConfig
     generation_config: GenerationConfig
     tokenizer: Tokenizer
     device: torch.device
+    context_length: int
+    kv_cache_memory: int | None
+    enable_prefix_caching: bool
 
     @classmethod
-    def open(cls, flags: ModelFlags) -> OpenedModel:
+    def open(cls, flags: ModelFlags, engine_flags: EngineFlags) -> OpenedModel:
         """Raises FileNotFoundError or ValueError for a model, tokenizer or device that can't be used."""
-        device = _device(flags.device)
+        memory = engine_flags.kv_cache_memory
+        cache = None if memory is None else num_bytes(memory, "--kv-cache-memory")
+        device = usable_device(flags.device)
         checkpoint = open_checkpoint(flags.model)
-        _set_threads(flags.threads)
+        set_threads(flags.threads)
+        config = resolved_config(checkpoint, flags.dtype.value if flags.dtype else None)
+        asked = engine_flags.max_model_len
+        if asked is not None and asked > config.context_length:
+            raise ValueError(
+                f"--max-model-len is {asked}, but the model's context is {config.context_length}: ask for at most that"
+            )
         return cls(
             folder=checkpoint.folder,
-            config=resolved_config(checkpoint, flags.dtype.value if flags.dtype else None),
+            config=config,
             generation_config=checkpoint.generation_config,
             tokenizer=Tokenizer.from_pretrained(checkpoint.folder),
             device=device,
+            context_length=asked or config.context_length,
+            kv_cache_memory=cache,
+            enable_prefix_caching=not engine_flags.no_prefix_caching,
         )
 
-    def load(self) -> tuple[LLaMAForCausalLM, float]:
-        """The model, and the seconds that loading took."""
-        start = time.perf_counter()
-        model = load_model(self.folder, self.config.dtype, self.device)
-        return model, time.perf_counter() - start
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Some chat models name the end of a turn in the one file, some in the other."""
+        own = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+        return frozenset((*self.generation_config.eos_token_ids, *own))
 
-    def options(
-        self, flags: SamplingFlags, prompt_ids: Sequence[int], default_max_new_tokens: int
-    ) -> GenerationOptions:
+    def within(self, cache_bytes: int) -> OpenedModel:
+        """The same with a context whose keys and values fit into so many bytes."""
+        fits = cache_bytes // key_value_bytes_per_token(self.config)
+        return dataclasses.replace(self, context_length=max(1, min(self.context_length, fits)))
+
+    @contextmanager
+    def engine(self, max_model_len: int, max_num_seqs: int) -> Iterator[tuple[Engine, float]]:
+        """An engine that holds so many sequences of so many tokens, and the seconds that loading it took."""
+        limits = EngineConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory=self.kv_cache_memory,
+            enable_prefix_caching=self.enable_prefix_caching,
+            seed=secrets.randbits(62),  # where no --seed is given, every run is to be another one
+        )
+        start = time.perf_counter()
+        engine = Engine.from_pretrained(
+            str(self.folder), self.config.dtype, self.device, limits, tokenizer=self.tokenizer
+        )
+        try:
+            yield engine, time.perf_counter() - start
+        finally:
+            engine.shutdown()
+
+    def settings(
+        self, flags: SamplingFlags, prompt_ids: Sequence[int], default_max_new_tokens: int, n: int = 1
+    ) -> RequestSettings:
         """The flags over the checkpoint's own, for this prompt. Raises ValueError where they don't fit the context."""
-        count, context = len(prompt_ids), self.config.context_length
-        room = context - count
+        room = self.room_after(prompt_ids)
+        if flags.max_new_tokens is not None and flags.max_new_tokens > room:
+            raise ValueError(
+                f"--max-new-tokens is {flags.max_new_tokens}, but after the prompt's {len(prompt_ids)} tokens the "
+                f"context of {self.context_length} has room for {room}: ask for at most {room}"
+            )
+        max_tokens = flags.max_new_tokens or min(default_max_new_tokens, room)
+        return request_settings(flags, self.generation_config, max_tokens, n)
+
+    def room_after(self, prompt_ids: Sequence[int]) -> int:
+        """The new tokens that fit behind a prompt. Raises ValueError for one that is empty, too long or another's."""
+        count, context = len(prompt_ids), self.context_length
         if count == 0:
             raise ValueError(
                 "the prompt is empty, and this model's tokenizer puts no start token before it: give some text"
             )
-        if room < 1:
+        if count >= context:
             raise ValueError(
-                f"the prompt has {count} tokens, and the context is {context}: shorten it by at least {1 - room}, "
-                "which leaves room for one new token"
-            )
-        if flags.max_new_tokens is not None and flags.max_new_tokens > room:
-            raise ValueError(
-                f"--max-new-tokens is {flags.max_new_tokens}, but after the prompt's {count} tokens the context of "
-                f"{context} has room for {room}: ask for at most {room}"
+                f"the prompt has {count} tokens, and the context is {context}: shorten it by at least "
+                f"{count + 1 - context}, which leaves room for one new token"
             )
         largest = max(prompt_ids)
         if largest >= self.config.vocab_size:
@@ -85,109 +130,101 @@ class OpenedModel:
                 f"the tokenizer gives the token {largest}, but the model's vocabulary has {self.config.vocab_size}: "
                 "tokenizer.json belongs to another model"
             )
-        # Some chat models name the end of a turn in the one file, some in the other.
-        ends = self.generation_config.eos_token_ids
-        if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in ends:
-            ends = (*ends, self.tokenizer.eos_token_id)
-        max_new_tokens = flags.max_new_tokens or min(default_max_new_tokens, room)
-        return generation_options(flags, self.generation_config, ends, max_new_tokens)
-
-
-def stream_tokens(model: LLaMAForCausalLM, prompt_ids: Sequence[int], options: GenerationOptions) -> Iterator[int]:
-    """The new tokens as they are chosen, the end-of-sequence token included; with beams, all of them at the end."""
-    prompt = torch.tensor([list(prompt_ids)], device=model.comm.device)
-    settings = {name: getattr(options, name) for name in options.__dataclass_fields__}
-    if options.num_beams > 1:
-        yield from model.generate(prompt, **settings)[0, len(prompt_ids) :].tolist()
-        return
-    for chosen in model.stream(prompt, **settings):
-        yield int(chosen[0])
+        return context - count
 
 
 class Answer:
     """One generation: iterate over it for the text as it comes; afterwards it knows what happened.
 
-    `continues` says that the text goes on where the prompt's ends, so that a space between them is kept; otherwise it
-    begins on its own.
+    With n > 1 the text is that of the first one, and `output` has all. `drops_space`: a space at the start of the text
+    is left out, since it is the one that some tokenizers put before every word.
     """
 
     def __init__(
         self,
-        model: LLaMAForCausalLM,
-        tokenizer: Tokenizer,
+        engine: Engine,
+        opened: OpenedModel,
         prompt_ids: Sequence[int],
-        options: GenerationOptions,
-        stop_strings: tuple[str, ...] = (),
-        continues: bool = False,
+        settings: RequestSettings,
+        drops_space: bool = False,
     ) -> None:
-        self.prompt_ids = tuple(prompt_ids)
-        self.token_ids: list[int] = []
+        self.output = RequestOutput(
+            "", None, list(prompt_ids), [CompletionOutput(index) for index in range(settings.params.n)]
+        )
         self.text = ""
-        self.finish_reason: FinishReason = "interrupted"
-        self._streams = options.num_beams == 1
-        self._ends = _as_tuple(options.eos_token_id)
-        self._tokens = stream_tokens(model, prompt_ids, options)
-        self._stops = StopStrings(stop_strings)
-        self._detokenizer = Detokenizer(tokenizer)
-        if continues:
-            for token in prompt_ids:
-                self._detokenizer.push(token)
+        self._engine = engine
+        self._settings = settings
+        self._ends = frozenset[int]() if settings.params.ignore_eos else opened.eos_token_ids
+        self._drops_space = drops_space
+        self._deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
         self._start = self._first = self._last = time.perf_counter()
 
     def __iter__(self) -> Iterator[str]:
-        for token in self._tokens:
-            self._last = time.perf_counter()
-            if not self.token_ids:
-                self._first = self._last
-            self.token_ids.append(token)
-            if token in self._ends:
-                self.finish_reason = "stop"
-                break
-            yield from self._emit(self._stops.push(self._detokenizer.push(token)))
-            if self._stops.found:
-                self.finish_reason = "stop"
-                return
-        else:
-            self.finish_reason = "length"
-        yield from self._emit(self._stops.push(self._detokenizer.flush()))
-        if self._stops.found:
-            self.finish_reason = "stop"
-        yield from self._emit(self._stops.flush())
+        prompt_ids, settings = self.output.prompt_token_ids, self._settings
+        self._start = self._first = self._last = time.perf_counter()
+        self.output.request_id = self._engine.submit(
+            prompt_ids, settings.params, self._deltas.put, beams=settings.beams
+        )
+        while not self.output.finished:
+            text = self._take(self._deltas.get())
+            if text:
+                yield text
 
     def interrupt(self) -> str:
-        """Ends it after a Ctrl-C: the text that was held back as a possible stop string."""
-        return "".join(self._emit(self._stops.flush()))
+        """Ends it after a Ctrl-C: the text that had come, but was not shown yet."""
+        self._engine.cancel(self.output.request_id)
+        rest = ""
+        while not self.output.finished:
+            delta = self._deltas.get()
+            if delta.error is not None:  # of beams there is nothing before their end
+                break
+            rest += self._take(delta)
+        return rest
 
-    def _emit(self, text: str) -> Iterator[str]:
-        self.text += text
-        if text:
-            yield text
+    def _take(self, delta: RequestDelta) -> str:
+        had_tokens = bool(self.token_ids)
+        add_delta(self.output, delta, self._ends)
+        if len(self.token_ids) > 0 and (delta.beams or any(part.token_ids for part in delta.completions)):
+            self._last = time.perf_counter()
+            self._first = self._first if had_tokens else self._last
+        whole = self.output.outputs[0].text
+        whole = whole.removeprefix(" ") if self._drops_space else whole
+        new, self.text = whole[len(self.text) :], whole
+        return new
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.output.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        reason = self.output.outputs[0].finish_reason
+        return "interrupted" if reason is None or reason == "abort" else reason
 
     @property
     def prefill_seconds(self) -> float | None:
         """Until the first new token was there; None with beams, whose tokens all come at the end."""
-        return self._first - self._start if self._streams and self.token_ids else None
+        return self._first - self._start if self._settings.beams is None and self.token_ids else None
 
     @property
     def decode_seconds(self) -> float:
         """For the tokens after the first one; for all of them with beams."""
-        return self._last - (self._first if self._streams else self._start)
+        return self._last - (self._first if self._settings.beams is None else self._start)
 
     @property
     def prefill_rate(self) -> float | None:
         """Prompt tokens per second."""
         seconds = self.prefill_seconds
-        return len(self.prompt_ids) / seconds if seconds else None
+        return len(self.output.prompt_token_ids) / seconds if seconds else None
 
     @property
     def decode_rate(self) -> float | None:
-        """New tokens per second; None where there was only the one that the prefill gives."""
-        count = len(self.token_ids) - (1 if self._streams else 0)
+        """New tokens per second; None where there were only those that the prefill gives."""
+        count = self.usage()["completion_tokens"] - (len(self.output.outputs) if self._settings.beams is None else 0)
         return count / self.decode_seconds if count > 0 and self.decode_seconds > 0 else None
 
     def usage(self) -> dict[str, int]:
-        prompt, new = len(self.prompt_ids), len(self.token_ids)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return usage(self.output)
 
     def timings(self, load_seconds: float) -> dict[str, float | None]:
         return {
@@ -199,11 +236,55 @@ class Answer:
         }
 
 
+def add_delta(output: RequestOutput, delta: RequestDelta, ends: frozenset[int]) -> None:
+    """Takes a delta in; of beams, the best one becomes the only completion. Raises RuntimeError for a failed request.
+
+    `ends` are the tokens that end a beam.
+    """
+    output.add(delta)
+    if delta.beams:
+        best, (completion,) = delta.beams[0], output.outputs
+        completion.text, completion.token_ids = best.text, best.token_ids
+        completion.cumulative_logprob = best.cum_logprob
+        completion.finish_reason = "stop" if best.token_ids[-1] in ends else "length"
+
+
+def usage(output: RequestOutput) -> dict[str, int]:
+    prompt, new = len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def result_fields(output: RequestOutput, echoed: str = "") -> dict[str, Any]:
+    """What was generated, as fields for JSON: of the only completion, or of each under "outputs".
+
+    `echoed` stands before every text.
+    """
+    results = []
+    for one in output.outputs:
+        fields: dict[str, Any] = {
+            "text": echoed + one.text,
+            "token_ids": one.token_ids,
+            "finish_reason": one.finish_reason,
+        }
+        if one.logprobs is not None:
+            fields["logprobs"] = [_plain(position) for position in one.logprobs]
+            fields["cumulative_logprob"] = one.cumulative_logprob
+        results.append(fields)
+    found: dict[str, Any] = results[0] if len(results) == 1 else {"outputs": results}
+    if output.prompt_logprobs is not None:
+        found["prompt_logprobs"] = [None if one is None else _plain(one) for one in output.prompt_logprobs]
+    return found
+
+
+def _plain(position: PositionLogprobs) -> dict[str, float]:
+    return {str(token_id): known.logprob for token_id, known in position.items()}
+
+
 def stats_lines(answer: Answer, load_seconds: float) -> list[str]:
     """What --stats and /stats show."""
-    prefill, decode = answer.prefill_rate, answer.decode_rate
-    prompt_line = f"{len(answer.prompt_ids)} tokens" + (f", {prefill:.1f} tokens/s" if prefill else "")
-    new_line = f"{len(answer.token_ids)} tokens" + (f", {decode:.1f} tokens/s" if decode else "")
+    prefill, decode, counts = answer.prefill_rate, answer.decode_rate, answer.usage()
+    prompt_line = f"{counts['prompt_tokens']} tokens" + (f", {prefill:.1f} tokens/s" if prefill else "")
+    new_line = f"{counts['completion_tokens']} tokens" + (f", {decode:.1f} tokens/s" if decode else "")
     return [
         f"prompt       {prompt_line}",
         f"generated    {new_line}, {answer.finish_reason}",
@@ -224,18 +305,12 @@ def prepare_output() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def _as_tuple(tokens: Any) -> tuple[int, ...]:
-    if tokens is None:
-        return ()
-    return (tokens,) if isinstance(tokens, int) else tuple(tokens)
-
-
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
     # torch counts the processors, but knows nothing of a container's quota; threads beyond it wait for each other.
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()) if threads is None else threads)
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
