@@ -37,8 +37,9 @@ MAY_IMPORT: Final = MappingProxyType(
         "training": "models checkpoints engine layers distributed config mapping",
         "planning": "scheduling config mapping",
         "llm": "engine scheduling runtime models checkpoints distributed config mapping",
+        "evaluation": "llm engine",
         "serving": "engine llm config",
-        "cli": "serving llm engine training planning",
+        "cli": "serving llm engine evaluation training planning",
         "__main__": "cli",
     }
 )

@@ -15,6 +15,7 @@ import typer.main
 from puna import __version__
 from puna.cli.chat import chat
 from puna.cli.errors import exit_code_of, one_line_warnings
+from puna.cli.evaluate import eval_app
 from puna.cli.generate import generate
 from puna.cli.info import info
 from puna.cli.train import train
@@ -29,6 +30,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(info)
 app.command()(train)
+app.add_typer(eval_app, name="eval")
 
 
 def _show_version(wanted: bool) -> None:

@@ -81,11 +81,14 @@ class OpenedModel:
         return dataclasses.replace(self, context_length=max(1, min(self.context_length, fits)))
 
     @contextmanager
-    def engine(self, max_model_len: int, max_num_seqs: int) -> Iterator[tuple[Engine, float]]:
+    def engine(
+        self, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int = 2048
+    ) -> Iterator[tuple[Engine, float]]:
         """An engine that holds so many sequences of so many tokens, and the seconds that loading it took."""
         limits = EngineConfig(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory=self.kv_cache_memory,
             enable_prefix_caching=self.enable_prefix_caching,
             seed=secrets.randbits(62),  # where no --seed is given, every run is to be another one
