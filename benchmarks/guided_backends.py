@@ -201,7 +201,7 @@ object ::= "{" ws ( string ":" ws value ("," ws string ":" ws value)* )? "}" ws
 array ::= "[" ws ( value ("," ws value)* )? "]" ws
 string ::= "\"" ( [^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4}) )* "\"" ws
 number ::= "-"? ("0" | [1-9] [0-9]{0,15}) ("." [0-9]+)? ([eE] [-+]? [0-9]{1,2})?
-ws ::= | " " | "\n" [ \t]{0,20}
+ws ::= "" | " " | "\n" [ \t]{0,20}
 """
 CASES = {
     "JSON schema, small": ("json", SMALL_SCHEMA, json.dumps({"name": "Alice of Wonderland", "age": 42})),

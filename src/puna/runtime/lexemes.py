@@ -1,9 +1,12 @@
 """Grammar nodes, and how a grammar falls into lexemes such that taking the longest lexeme never takes too much.
 
-Lexemes are as large as they can be without recursion at first. For every two lexemes A and B that may stand at one
+Lexemes are as large as they can be without recursion at first. For every two lexemes A and B that may begin at one
 place, both automata are then walked together: where A is complete and B could go on, no byte that B may go on with may
 also begin what follows A. Lexemes that fail are split into their parts, down to single characters if need be: one
 character is never longer than another that begins like it.
+
+Two lexemes may begin at one place if both may begin the text, or if they follow two that may and that have a text in
+common. Each place of a lexeme in the grammar counts for itself here: a quote that opens is not one that closes.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import NamedTuple
 # What is not examined within these bounds is split, which makes masks slower (some milliseconds on a large vocabulary)
 # and not wrong. Compiling the worst grammars we found takes a few seconds with them.
 MAX_STATES = 2_000  # of one lexeme's automaton
-MAX_PAIRS = 100_000  # of lexemes that may stand at one place
+MAX_PAIRS = 500_000  # of lexemes tried for whether they may begin at one place, for the whole grammar
 MAX_WALK = 10_000  # pairs of states, for the whole grammar
 _SURROGATES = (0xD800, 0xDFFF)
 
@@ -150,6 +153,9 @@ class _Automaton:
             target for state in states for chars, target in self.moves[state] if _contains(chars, point)
         )
 
+    def first_bytes(self) -> set[int]:
+        return self.lead_bytes(self.closure([0]))
+
     def lead_bytes(self, states: AbstractSet[int]) -> set[int]:
         return {
             byte
@@ -180,9 +186,14 @@ class Lexemes:
         self._irregular = irregular
         self._numbers = {name: i for i, name in enumerate(rules)}
         self._nullable_rules: dict[str, bool] = {}
-        self._automata: dict[Node, _Automaton | None] = {}
+        # Every lexeme there ever was, by number: nodes are slow to hash.
+        self._lexemes: list[Node] = []
+        self._lexeme_numbers: dict[Node, int] = {}
+        self._automata: list[_Automaton | None] = []  # None: too large to examine
+        self._share_text_memo: dict[tuple[int, int], bool] = {}
         self._steps_left = MAX_WALK
-        self._splits: set[Node] = set()
+        self._pairs_left = MAX_PAIRS
+        self._splits: set[int] = set()
         self._cut_all()
         while found := self._conflicting():
             self._splits |= found
@@ -191,7 +202,8 @@ class Lexemes:
     def lark_lines(self) -> list[str]:
         lines = [f"start: {self._rule_name('root')}"]
         lines += [f"{self._rule_name(name)}: {self._write_rule(node)}" for name, node in self._cut.items()]
-        for node, i in self._lexemes.items():
+        for i in sorted(set(self._places)):
+            node = self._lexemes[i]
             # A lexeme that may be empty is an optional one that may not.
             not_empty = " & /(?s:.+)/" if self._is_nullable(node) else ""
             lines.append(f"L{i}: ({self._write_terminal(node)}){not_empty}")
@@ -202,7 +214,7 @@ class Lexemes:
         ]
 
     def _cut_all(self) -> None:
-        self._lexemes: dict[Node, int] = {}
+        self._places: list[int] = []  # the lexeme at each place
         self._cut: dict[str, Node] = {}
         # Rules of lexemes that were split are rules of their own, marked with '~'.
         waiting = ["root", *(name for name in self._rules if name in self._irregular)]
@@ -213,30 +225,50 @@ class Lexemes:
                 self._cut[name] = node = self._open(body) if name.startswith("~") else self._cut_node(body)
                 waiting += _split_rules(node)
 
-    def _conflicting(self) -> set[Node]:
+    def _conflicting(self) -> set[int]:
         """Lexemes that must be split, because the longest one could be too long."""
         if not self._irregular:
             return set()  # One lexeme is the whole text.
-        together, followers = self._neighbours()
-        nodes = {i: node for node, i in self._lexemes.items()}
-        automata = {i: self._automaton(node) for i, node in nodes.items()}
-        too_large = {nodes[i] for i, automaton in automata.items() if automaton is None}
-        if too_large:
-            return too_large
-        groups = set(together)
-        if sum(len(group) ** 2 for group in groups) > MAX_PAIRS:
-            self._steps_left = 0
-        sized = {i: automaton for i, automaton in automata.items() if automaton is not None}
-        begins = {i: automaton.lead_bytes(automaton.closure([0])) for i, automaton in sized.items()}
-        found: set[Node] = set()
-        for a, b in {(a, b) for group in groups for a in group for b in group} if self._steps_left > 0 else ():
-            after = {byte for follower in followers[a] for byte in begins[follower]}
-            if after and self._overtakes(sized[a], sized[b], after):
-                found |= {nodes[a], nodes[b]}
-        if self._steps_left <= 0:
-            found = set(nodes.values())
         # Two single characters are never in conflict, so there is always something to split.
-        return {node for node in found if not isinstance(node, Chars)}
+        splittable = {i for i in self._places if not isinstance(self._lexemes[i], Chars)}
+        too_large = {i for i in splittable if self._automata[i] is None}
+        if too_large or self._steps_left <= 0:
+            return too_large or splittable
+        first, followers = self._neighbours()
+        begins = {i: self._automaton(i).first_bytes() for i in set(self._places)}
+        after = {
+            place: frozenset(byte for i in {self._places[f] for f in following} for byte in begins[i])
+            for place, following in followers.items()
+        }
+        checks = {
+            (self._places[one], self._places[other], after[one])
+            for pair in self._together(first, followers)
+            for one, other in (pair, pair[::-1])
+            if after[one]
+        }
+        found = {i for a, b, following in checks if self._walk_together(a, b, following) for i in (a, b)}
+        return splittable if self._steps_left <= 0 else found & splittable
+
+    def _together(self, first: AbstractSet[int], followers: Mapping[int, AbstractSet[int]]) -> set[tuple[int, int]]:
+        """The pairs of places that may begin at one point of a text. Uses up the steps if there are too many."""
+        pairs: set[tuple[int, int]] = set()
+        waiting: list[tuple[int, int]] = []
+
+        def add(begin_a: AbstractSet[int], begin_b: AbstractSet[int]) -> None:
+            self._pairs_left -= len(begin_a) * len(begin_b)
+            if self._pairs_left < 0:
+                self._steps_left = 0
+                return
+            new = {(min(a, b), max(a, b)) for a in begin_a for b in begin_b} - pairs
+            pairs.update(new)
+            waiting.extend(new)
+
+        add(first, first)
+        while waiting and self._steps_left > 0:
+            c, d = waiting.pop()
+            if self._share_text(self._places[c], self._places[d]):
+                add(followers[c], followers[d])
+        return pairs
 
     def _is_regular(self, node: Node) -> bool:
         if isinstance(node, Chars):
@@ -246,13 +278,15 @@ class Lexemes:
         return all(self._is_regular(child) for child in node.children)
 
     def _cut_node(self, node: Node) -> Node:
-        """The node with lexemes replaced by references to their numbers ('#0' and so on)."""
+        """The node with lexemes replaced by references to their places ('#0' and so on)."""
         if node == EMPTY or (isinstance(node, Ref) and not self._is_regular(node)):
             return node
         if self._is_regular(node):
-            if node in self._splits:
+            number = self._number(node)
+            if number in self._splits:
                 return self._open(node)
-            lexeme = Ref(f"#{self._lexemes.setdefault(node, len(self._lexemes))}")
+            lexeme = Ref(f"#{len(self._places)}")
+            self._places.append(number)
             return Repeat((lexeme,), 0, 1) if self._is_nullable(node) else lexeme
         if isinstance(node, Group) and node.is_choice:
             regular = [child for child in node.children if self._is_regular(child)]
@@ -291,7 +325,9 @@ class Lexemes:
 
     def _write_rule(self, node: Node) -> str:
         if isinstance(node, Ref):
-            return f"L{node.name[1:]}" if node.name.startswith("#") else self._rule_name(node.name)
+            if node.name.startswith("#"):
+                return f"L{self._places[int(node.name[1:])]}"
+            return self._rule_name(node.name)
         return node.to_lark(self._write_rule)
 
     def _write_terminal(self, node: Node) -> str:
@@ -300,10 +336,10 @@ class Lexemes:
     def _rule_name(self, name: str) -> str:
         return f"{'s' if name.startswith('~') else 'r'}{self._numbers[name.removeprefix('~')]}"
 
-    def _neighbours(self) -> tuple[list[frozenset[int]], dict[int, set[int]]]:
-        """The sets of lexemes that may stand at one place, and what may follow each lexeme."""
+    def _neighbours(self) -> tuple[frozenset[int], dict[int, set[int]]]:
+        """The places of lexemes that may begin a text, and those that may follow each place."""
         shapes = dict.fromkeys(self._cut, _Shape(False, frozenset(), frozenset()))
-        followers: dict[int, set[int]] = {i: set() for i in self._lexemes.values()}
+        followers: dict[int, set[int]] = {place: set() for place in range(len(self._places))}
         changed = True
         while changed:
             changed = False
@@ -311,7 +347,7 @@ class Lexemes:
                 shape = self._shape(node, shapes, followers)
                 changed |= shape != shapes[name]
                 shapes[name] = shape
-        return [shapes["root"].first, *map(frozenset, followers.values())], followers
+        return shapes["root"].first, followers
 
     def _shape(self, node: Node, shapes: Mapping[str, _Shape], followers: dict[int, set[int]]) -> _Shape:
         if isinstance(node, Ref):
@@ -323,7 +359,7 @@ class Lexemes:
             raise TypeError(f"{node!r} is in no lexeme")
         parts = [self._shape(child, shapes, followers) for child in node.children]
         if isinstance(node, Repeat):
-            for index in parts[0].last:
+            for index in parts[0].last if node.most != 1 else ():
                 followers[index] |= parts[0].first
             return parts[0]._replace(nullable=parts[0].nullable or node.least == 0)
         if node.is_choice:
@@ -340,11 +376,17 @@ class Lexemes:
             )
         return whole
 
-    def _overtakes(self, a: _Automaton, b: _Automaton, after: AbstractSet[int]) -> bool:
-        """Whether a text that completes `a` can be the beginning of a longer `b` by one of the bytes `after`.
+    def _share_text(self, a: int, b: int) -> bool:
+        if a != b and (a, b) not in self._share_text_memo:
+            self._share_text_memo[a, b] = self._walk_together(a, b, None)
+        return a == b or self._share_text_memo[a, b]
 
-        True as well where finding out would take too long.
+    def _walk_together(self, lexeme_a: int, lexeme_b: int, after: AbstractSet[int] | None) -> bool:
+        """Whether a text that completes `a` can be the beginning of a longer `b`, by one of the bytes `after`.
+
+        Without `after`: whether some text completes both. True as well where finding out would take too long.
         """
+        a, b = self._automaton(lexeme_a), self._automaton(lexeme_b)
         starts = (a.closure([0]), b.closure([0]))
         seen = {starts}
         waiting = [starts]
@@ -367,22 +409,32 @@ class Lexemes:
                 pair = (a.after(in_a, point), b.after(in_b, point))
                 if not all(pair) or pair in seen:
                     continue
-                if a.end in pair[0] and not after.isdisjoint(b.lead_bytes(pair[1])):
-                    return True
+                if a.end in pair[0]:
+                    found = b.end in pair[1] if after is None else not after.isdisjoint(b.lead_bytes(pair[1]))
+                    if found:
+                        return True
                 seen.add(pair)
                 waiting.append(pair)
         return False
 
-    def _automaton(self, node: Node) -> _Automaton | None:
-        """None: too large to examine."""
-        if node not in self._automata:
+    def _number(self, node: Node) -> int:
+        number = self._lexeme_numbers.get(node)
+        if number is None:
+            number = self._lexeme_numbers[node] = len(self._lexemes)
+            self._lexemes.append(node)
             automaton = _Automaton()
             try:
                 automaton.end = self._extend(automaton, node, automaton.add())
-                self._automata[node] = automaton
+                self._automata.append(automaton)
             except _TooLargeError:
-                self._automata[node] = None
-        return self._automata[node]
+                self._automata.append(None)
+        return number
+
+    def _automaton(self, lexeme: int) -> _Automaton:
+        automaton = self._automata[lexeme]
+        if automaton is None:
+            raise _TooLargeError(f"lexeme {lexeme} should have been split")
+        return automaton
 
     def _extend(self, automaton: _Automaton, node: Node, start: int) -> int:
         """Adds a node's automaton behind the state `start`; returns the state it ends in."""
