@@ -39,7 +39,7 @@ _MERGED = [
     b"tr",
 ]
 _MERGED += [
-    b"ue",
+    b"rue",
     b"null",
     b"name",
     b"age",
