@@ -219,6 +219,23 @@ def test_a_name_can_be_taken_again_at_once(engine: Engine, dense: LLaMAForCausal
     at_rest(engine)
 
 
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_all_n_end_where_none_has_begun(engine: Engine, how: str) -> None:
+    gate = Gate(engine)
+    engine.submit([9] * 3, GREEDY, lambda delta: None)
+    assert gate.reached.wait(PATIENCE)
+    deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
+    params = SamplingParams(n=3, seed=1, max_tokens=None)
+    name = engine.submit([3, 4], params, deltas.put, timeout=0 if how == "deadline" else None)
+    if how == "cancel":
+        engine.cancel(name)
+    gate.open()
+    end = collect(deltas)[1]
+    reason = "abort" if how == "cancel" else "deadline"
+    assert [(part.index, part.finish_reason) for part in end.completions] == [(i, reason) for i in range(3)]
+    at_rest(engine)
+
+
 def test_an_old_deadline_does_not_end_a_new_request_of_that_name(engine: Engine, dense: LLaMAForCausalLM) -> None:
     deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
     engine.submit([3, 4], GREEDY, deltas.put, request_id="mine", timeout=3600)

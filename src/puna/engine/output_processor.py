@@ -55,7 +55,7 @@ class OutputProcessor:
             elif isinstance(event, BeamEvent):
                 finished = True
                 error = error or event.error
-                if event.finish_reason != "stop":
+                if error is None and event.finish_reason != "stop":
                     error = f"the beam search ended before it was done: {event.finish_reason}"
                 beams = tuple(
                     BeamSequence(list(b.token_ids), b.cum_logprob, b.score, self._text(b.token_ids))

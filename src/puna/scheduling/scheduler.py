@@ -523,8 +523,12 @@ class Scheduler:
         if group.beam_search is not None:
             self._events.append(BeamEvent(group.request, tuple(group.beam_search.finished), reason, error))
         else:
-            group.sequences[0].finish_reason = reason
-            self._events.append(SequenceEvent(group.sequences[0], finish_reason=reason, error=error))
+            first = group.sequences[0]
+            # Those of n that would have begun with the first one come to their ends too.
+            others = [first.fork(next(self._sequence_ids), index) for index in range(1, group.seats)]
+            for sequence in (first, *others):
+                sequence.finish_reason = reason
+                self._events.append(SequenceEvent(sequence, finish_reason=reason, error=error))
         self._drop(group)
 
     def _drop(self, group: Group) -> None:
