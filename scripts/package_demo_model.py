@@ -13,9 +13,10 @@ from puna.checkpoints.writer import json_bytes
 
 MOST_BYTES = 8_000_000  # what the package may hold
 
-# Little randomness: at the temperature 1 the words fit each other less often, and at 0 every story is about the same
-# girl.
-SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+# At the temperature 1 the words fit each other less often, and at 0 every story is about the same girl. Without the
+# penalty some stories fall into a loop: of 16 stories' sequences of four words, 3 in 100 had come before in the same
+# story, and 6 in 1,000 with it.
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
 
 # The model continues a story; it knows no conversation. So the last message is taken as a story's beginning, and what
 # was said before is left out. What it could not follow is refused.

@@ -40,15 +40,17 @@ def test_package_is_small(folder: Path) -> None:
     assert sum(file.stat().st_size for file in files) <= 8_000_000
 
 
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.1])
 @pytest.mark.parametrize("prompt", ["", "Once upon a time", "The king said, 'I"])
 def test_greedy_tokens_are_those_of_transformers(
-    folder: Path, model: LLaMAForCausalLM, tokenizer: Tokenizer, prompt: str
+    folder: Path, model: LLaMAForCausalLM, tokenizer: Tokenizer, prompt: str, repetition_penalty: float
 ) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
     assert ids[0].tolist() == tokenizer.encode(prompt)
-    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False)
-    assert model.generate(ids, max_new_tokens=96)[0].tolist() == expected[0].tolist()
+    settings = {"max_new_tokens": 96, "repetition_penalty": repetition_penalty}
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+    assert model.generate(ids, **settings)[0].tolist() == expected[0].tolist()
 
 
 def test_stories_are_of_words_and_end(model: LLaMAForCausalLM, tokenizer: Tokenizer) -> None:
@@ -57,7 +59,12 @@ def test_stories_are_of_words_and_end(model: LLaMAForCausalLM, tokenizer: Tokeni
     prompts = torch.tensor([tokenizer.encode("Once upon a time, there was a")] * 8)
     room = model.config.context_length - prompts.shape[1]
     rows = model.generate(
-        prompts, max_new_tokens=room, temperature=recommended.temperature, top_p=recommended.top_p, seed=1
+        prompts,
+        max_new_tokens=room,
+        temperature=recommended.temperature,
+        top_p=recommended.top_p,
+        repetition_penalty=recommended.repetition_penalty,
+        seed=1,
     )
     ended = [row for row in rows.tolist() if tokenizer.eos_token_id in row[1:]]
     assert len(ended) >= 6
