@@ -20,7 +20,7 @@ from puna.distributed import NullCommunicator
 from puna.engine.executor import Executor, LocalExecutor
 from puna.engine.output_processor import OutputProcessor
 from puna.engine.outputs import RequestDelta
-from puna.engine.token_bytes import token_bytes
+from puna.engine.token_bytes import TokenBytes
 from puna.engine.tokenizer import Tokenizer
 from puna.models import load_model
 from puna.models.loading import resolved_config
@@ -127,7 +127,7 @@ class Engine:
         )
         allocator = BlockAllocator(memory.num_blocks, capacity.block_size, engine_config.enable_prefix_caching)
         eos = _eos_token_ids(checkpoint.generation_config, tokenizer)
-        grammars = GrammarCompiler(token_bytes(tokenizer), eos, config.vocab_size)
+        grammars = GrammarCompiler(TokenBytes(tokenizer), eos, config.vocab_size)
         runner = ModelRunner(
             network,
             KVPool(config, comm, memory.num_blocks, capacity.block_size),
