@@ -45,7 +45,7 @@ from puna.scheduling.sequence import Request, Sequence
 
 CONTEXT = 96
 BLOCK_SIZE = 4
-NUM_BLOCKS = 60
+NUM_BLOCKS = 36
 MAX_NUM_SEQS = 8
 NUM_THREADS = 4
 NUM_TASKS = 8

@@ -238,6 +238,7 @@ def test_all_n_end_where_none_has_begun(engine: Engine, how: str) -> None:
 
 def test_an_old_deadline_does_not_end_a_new_request_of_that_name(engine: Engine, dense: LLaMAForCausalLM) -> None:
     deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
+    engine.submit([9], LONG, lambda delta: None)  # while anything runs, old deadlines may still be there
     engine.submit([3, 4], GREEDY, deltas.put, request_id="mine", timeout=3600)
     collect(deltas)
     scheduler = engine.parts.scheduler
@@ -256,10 +257,13 @@ def test_an_old_deadline_does_not_end_a_new_request_of_that_name(engine: Engine,
 def test_deadlines_of_ended_requests_are_forgotten(engine: Engine) -> None:
     deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
     params = SamplingParams(temperature=0, max_tokens=1)
-    for _ in range(300):
+    engine.submit([4], LONG, lambda delta: None)  # long enough that there is always one that is alive
+    for _ in range(200):
         engine.submit([3], params, deltas.put, timeout=3600)
         collect(deltas)
     assert len(engine.parts.scheduler._deadlines) < 100
+    at_rest(engine)
+    assert not engine.parts.scheduler._deadlines
 
 
 def test_a_long_wait_does_not_keep_requests_that_were_cancelled(folder: Path) -> None:

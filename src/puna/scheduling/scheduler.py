@@ -545,6 +545,8 @@ class Scheduler:
         others.remove(group)
         if not others:
             del self._groups_of[group.request.request_id]
+        if not self._groups_of:
+            self._deadlines.clear()
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
