@@ -3,8 +3,8 @@
     python scripts/make_demo_corpus.py --teacher STORIES_MODEL --text FOLDER --out FOLDER
 
 The teacher is the 260-thousand-parameter story model of Andrej Karpathy's tinyllamas in Hugging Face layout; the folder
-of texts has grimm.txt and alice.txt. Sampling takes a core some ten minutes for a thousand stories of 700 characters
-and writes a file per batch, so a run that was stopped goes on where it was. See docs/demo_model.md for what came out.
+of texts has grimm.txt and alice.txt. Sampling takes a core less than a minute for the 256 stories of a batch, and
+writes a file per batch, so a run that was stopped goes on where it was. See docs/demo_model.md for what came out.
 """
 
 from __future__ import annotations
