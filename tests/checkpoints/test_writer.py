@@ -120,3 +120,9 @@ def test_other_files_stay(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "config.json").read_text(encoding="utf-8") == '{\n  "a": "é"\n}\n'
     assert (tmp_path / "generation_config.json").read_text() == '{\n  "c": 1\n}\n'
+
+
+def test_the_weights_may_be_read_by_whoever_may_read_the_config(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {}, {}, {"x": torch.zeros(1)}, {})
+    modes = {(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1

@@ -38,6 +38,8 @@ def write_checkpoint(
         for name, content in files.items():
             (staging / name).write_bytes(content)
         save_file(dict(tensors), staging / "model.safetensors", metadata={"format": "pt"})
+        # safetensors makes a file that its owner alone may read; it should be as the others are.
+        shutil.copymode(staging / "config.json", staging / "model.safetensors")
         for name in (*files, "model.safetensors"):
             sync(staging / name)
         for name in (*files, "model.safetensors"):

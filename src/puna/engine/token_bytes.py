@@ -30,7 +30,7 @@ class TokenBytes(Sequence[bytes | None]):
     @overload
     def __getitem__(self, index: slice) -> list[bytes | None]: ...
 
-    def __getitem__(self, index: int | slice) -> bytes | None | list[bytes | None]:
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes | None] | None:
         if isinstance(index, slice):
             return [self._of(token_id) for token_id in range(*index.indices(self._size))]
         if not -self._size <= index < self._size:
