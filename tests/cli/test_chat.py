@@ -39,6 +39,39 @@ def test_every_turn_sees_the_ones_before(chain: Any, puna: Run, monkeypatch: pyt
     assert answered[-1] == [*again, *well, ("user", "Now")]
 
 
+def test_a_turn_computes_only_what_is_new(chain: Any, puna: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from puna.runtime.model_runner import ModelRunner
+
+    computed: list[int] = []
+    execute = ModelRunner.execute
+
+    def record(self: ModelRunner, plan: Any) -> Any:
+        computed.append(plan.num_tokens)
+        return execute(self, plan)
+
+    monkeypatch.setattr(ModelRunner, "execute", record)
+    talk = b"a" * 100 + b"\nHi\n"
+    assert puna("chat", "-m", chain, stdin=talk).out == "0123456789\n" * 2
+    first, second = sorted(computed)[-1], sorted(computed)[-2]
+    assert first == 102
+    assert second <= 16 + len("<") + 12 + len("<>Hi")  # less than a block, and what came since
+    computed.clear()
+    puna("chat", "-m", chain, "--no-prefix-caching", stdin=talk)
+    assert sorted(computed)[-1] == 102 + 10 + 4
+
+
+def test_context_is_kept_within_the_memory_for_it(build_chain: Run, puna: Run, tmp_path: Path) -> None:
+    folder = build_chain(tmp_path / "model", ANSWER, context=100_000_000)
+    used = "context      0 of {} tokens"
+    per_block = 16 * 2 * 4 * 4  # tokens, key and value, numbers, float32
+    assert used.format(((1 << 30) // per_block - 1) * 16) in puna("chat", "-m", folder, stdin=b"/stats").err
+    assert (
+        used.format((10**6 // per_block - 1) * 16)
+        in puna("chat", "-m", folder, "--kv-cache-memory", "1MB", stdin=b"/stats").err
+    )
+    assert used.format(77) in puna("chat", "-m", folder, "--max-model-len", 77, stdin=b"/stats").err
+
+
 def conversations(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
     """Fills up with the conversations that are rendered."""
     from puna.engine.tokenizer import Tokenizer
@@ -176,6 +209,19 @@ class Terminal:
         before, self._seen = self._seen.split(text, 1)
         return before
 
+    def press(self, key: str, text: str) -> str:
+        """The same, with a key that is pressed until `text` comes.
+
+        Python's input() sleeps through a signal that comes just before it waits for a key.
+        """
+        for _ in range(60):
+            self.type(key)
+            while text not in self._seen and select.select([self._screen], [], [], 1)[0]:
+                self._seen += self._read()
+            if text in self._seen:
+                break
+        return self.expect(text)
+
     def _read(self) -> str:
         try:
             return os.read(self._screen, 65536).decode()
@@ -227,8 +273,8 @@ def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
     terminal.type("/frob\r")
     terminal.expect("puna: error: there is no command /frob")
     terminal.expect(">>> ")
-    terminal.type("half a mess\x03")  # Ctrl-C drops the line
-    terminal.expect("(Ctrl-D or /exit leaves)")
+    terminal.type("half a mess")
+    terminal.press("\x03", "(Ctrl-D or /exit leaves)")  # Ctrl-C drops the line
     terminal.expect(">>> ")
 
     terminal.type("/reset\r")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-import puna
+import puna as puna_package
 from puna.cli import main
 
 Run = Callable[..., Any]
@@ -120,7 +120,7 @@ def test_json(random_model: Any, puna: Run) -> None:
 
 
 def dense_greedy(folder: Any, prompt_ids: list[int], count: int, **options: Any) -> list[int]:
-    model = puna.load_model(folder.path)
+    model = puna_package.load_model(folder.path)
     rows = model.generate(torch.tensor([prompt_ids]), max_new_tokens=count, eos_token_id=[], **options)
     return rows[0, len(prompt_ids) :].tolist()
 
@@ -156,8 +156,8 @@ def test_sampling_flags_reach_the_model(random_model: Any, puna: Run) -> None:
 
 def sampled(folder: Any, prompt: str, count: int, **options: Any) -> list[int]:
     """What the library gives for the same settings."""
-    params = puna.SamplingParams(max_tokens=count, ignore_eos=True, **options)
-    with puna.LLM(folder.path) as llm:
+    params = puna_package.SamplingParams(max_tokens=count, ignore_eos=True, **options)
+    with puna_package.LLM(folder.path) as llm:
         (output,) = llm.generate({"prompt_token_ids": folder.ids(prompt)}, params)
     return output.outputs[0].token_ids
 
@@ -180,6 +180,47 @@ def test_a_filter_alone_asks_for_sampling(random_model: Any, puna: Run) -> None:
     result = json.loads(puna("generate", "-m", random_model, *words, "das Alpaka").out)
     options = {"temperature": 1.0, "top_k": 50, "seed": 5}
     assert result["token_ids"] == sampled(random_model, "das Alpaka", 16, **options)
+
+
+def test_json_of_several_texts(random_model: Any, puna: Run) -> None:
+    words = ("--n", 3, "--temperature", 1, "--seed", 4, "--ignore-eos", "--max-new-tokens", 5)
+    result = json.loads(puna("generate", "-m", random_model, "--json", *words, "das Alpaka").out)
+    params = puna_package.SamplingParams(n=3, temperature=1, seed=4, ignore_eos=True, max_tokens=5)
+    with puna_package.LLM(random_model.path) as llm:
+        (expected,) = llm.generate("das Alpaka", params)
+    assert [one["token_ids"] for one in result["outputs"]] == [one.token_ids for one in expected.outputs]
+    assert {one["finish_reason"] for one in result["outputs"]} == {"length"}
+    assert result["usage"]["completion_tokens"] == 15
+    assert "text" not in result
+
+
+def test_runs_without_a_seed_differ(random_model: Any, puna: Run) -> None:
+    words = ("generate", "-m", random_model, "--temperature", 2, "--ignore-eos", "--max-new-tokens", 20, "das Alpaka")
+    assert puna(*words).out != puna(*words).out
+
+
+def test_guided_choice(random_model: Any, puna: Run) -> None:
+    words = ("--guided-choice", "left", "--guided-choice", "right")
+    assert puna("generate", "-m", random_model, *words, "das Alpaka").out in ("left\n", "right\n")
+
+
+def test_grammar_that_can_not_be_compiled(random_model: Any, puna: Run) -> None:
+    assert "regex" in puna("generate", "-m", random_model, "--guided-regex", "(", "das Alpaka").message
+
+
+def test_shorter_context(chain: Any, puna: Run) -> None:
+    result = json.loads(puna("generate", "-m", chain, "--json", "--max-model-len", 12, "x").out)
+    assert (result["usage"]["total_tokens"], result["finish_reason"]) == (12, "length")
+    told = puna("generate", "-m", chain, "--max-model-len", 12, "--max-new-tokens", 11, "x").message
+    assert "the context of 12 has room for 10" in told
+
+
+def test_cache_that_is_too_small_is_refused_before_the_weights_are_read(
+    chain: Any, puna: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puna.engine.engine.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    told = puna("generate", "-m", chain, "--kv-cache-memory", "1KiB", "--max-new-tokens", 90, "x").message
+    assert "kv_cache_memory" in told
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ class OpenedModel:
 
     def within(self, cache_bytes: int) -> OpenedModel:
         """The same with a context whose keys and values fit into so many bytes."""
-        fits = cache_bytes // key_value_bytes_per_token(self.config)
+        block_size = EngineConfig().block_size
+        num_blocks = cache_bytes // (key_value_bytes_per_token(self.config) * block_size)
+        fits = (num_blocks - 1) * block_size  # the engine keeps one for itself
         return dataclasses.replace(self, context_length=max(1, min(self.context_length, fits)))
 
     @contextmanager
