@@ -104,7 +104,7 @@ def test_beams_and_chats(random_model: Any, chain: Any, puna: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"prompt": "x", "temprature": 1}, "there is no field temprature"),
+        ({"prompt": "x", "warmth": 1}, "there is no field warmth"),
         ({"text": "x"}, "has no prompt"),
         ({"prompt": "x", "messages": []}, "has prompt and messages"),
         ({"prompt": 5}, "prompt is 5: give a text"),
