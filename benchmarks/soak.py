@@ -291,7 +291,7 @@ class Soak:
             time.sleep(0.005)
         raise RuntimeError("the engine does not come to rest")
 
-    def close(self, threads_before: set[threading.Thread]) -> Report:
+    def close(self, threads_before: set[threading.Thread], objects_before: int) -> Report:
         """Sees what is left, ends everything, and sees what is left then."""
         self._canceller.close()
         engine, scheduler, left = self.engine, self.engine.parts.scheduler, self.report.left
@@ -305,8 +305,7 @@ class Soak:
         engine.shutdown()  # behind the last plan, which tells the sampler what has ended
         left["sampler states"] = len(engine.parts.executor._runner.sampler._states)  # type: ignore[attr-defined]
         left["threads"] = len(set(threading.enumerate()) - threads_before)
-        gc.collect()
-        left["own objects"] = sum(type(thing) in OWN_TYPES for thing in gc.get_objects())
+        left["own objects"] = count_own_objects() - objects_before
         return self.report
 
     def _chooser(self) -> random.Random:
@@ -387,9 +386,14 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
+def count_own_objects() -> int:
+    gc.collect()
+    return sum(type(thing) in OWN_TYPES for thing in gc.get_objects())
+
+
 def soak(folder: Path, num_requests: int, seed: int = 0, num_pauses: int = 10) -> Report:
     """Makes a model in the folder and runs the requests in `num_pauses` parts, after a warm-up of two parts more."""
-    threads_before = set(threading.enumerate())
+    threads_before, objects_before = set(threading.enumerate()), count_own_objects()
     make_model(folder)
     it = Soak(make_engine(folder), seed)
     part = -(-num_requests // (num_pauses + 1))
@@ -398,7 +402,7 @@ def soak(folder: Path, num_requests: int, seed: int = 0, num_pauses: int = 10) -
         it.pause()
         print(f"{it.report.requests:6} requests, {it.report.memory[-1] / 2**20:7.1f} MiB", file=sys.stderr)
     it.report.memory = it.report.memory[1:]  # the first part is the warm-up
-    return it.close(threads_before)
+    return it.close(threads_before, objects_before)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from puna.engine.engine import Engine
 from puna.engine.outputs import RequestDelta
 from puna.engine.tokenizer import Tokenizer
 from puna.llm import LLM
-from puna.models import LLaMAForCausalLM
+from puna.models import LLaMAForCausalLM, load_model
 from puna.scheduling.beams import BeamParams
 from puna.scheduling.sampling_params import SamplingParams
 
@@ -386,6 +386,32 @@ def test_an_idle_engine_keeps_nothing_of_what_has_ended(engine: Engine) -> None:
     gc.collect()
     assert not sampler._states
     assert kept() is None
+
+
+def test_memory_is_planned_before_any_weight_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        read.append(arguments)
+        return load_model(*arguments, **options)
+
+    monkeypatch.setattr("puna.engine.engine.load_model", load)
+    with LLM(folder, max_model_len=100) as llm:
+        plan, per_block = llm.engine.parts.memory, llm.engine.parts.memory.cache // llm.engine.parts.memory.num_blocks
+    assert len(read) == 1
+    tight = plan.weights + plan.workspace + 6 * per_block
+    for free, words in (
+        (plan.weights, "the model does not fit: weights of .* and a workspace of"),
+        (tight, "the largest context that fits is 48 tokens"),
+    ):
+        monkeypatch.setattr("puna.engine.engine.available_memory", lambda device, free=free: free)
+        with pytest.raises(ValueError, match=words):
+            LLM(folder, max_model_len=100)
+        assert len(read) == 1
+    with LLM(folder, max_model_len=48) as llm:  # the error's advice
+        assert llm.generate("a", SamplingParams(temperature=0, max_tokens=None))[0].finished
+    with pytest.raises(ValueError, match=r"kv_cache_memory is .*, but beside weights of"):
+        LLM(folder, max_model_len=48, kv_cache_memory=100 * per_block)
 
 
 def test_requests_that_are_refused_cost_nothing(folder: Path) -> None:
