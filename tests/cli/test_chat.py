@@ -299,3 +299,16 @@ def test_exit_at_a_terminal(terminal: Terminal) -> None:
     terminal.expect(">>> ")
     terminal.type("/exit\r")
     assert terminal.end() == 0
+
+
+def test_a_context_that_is_cut_is_told_at_a_terminal(
+    build_chain: Run, start_program: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    folder = build_chain(tmp_path / "model", ANSWER)
+    terminal = Terminal(start_program, "chat", "-m", folder, "--kv-cache-memory", "100KB")
+    terminal.expect("tokens of the model's 100000: --max-model-len asks for more.")
+    terminal.expect(">>> ")
+    terminal.type("/exit\r")
+    assert terminal.end() == 0
+    terminal.close()

@@ -143,6 +143,14 @@ def test_json_with_beams(random_model: Any, puna: Run) -> None:
     assert result["timings"]["decode_tokens_per_second"] > 0
 
 
+def test_beams_go_on_after_the_end_where_it_is_ignored(chain: Any, puna: Run) -> None:
+    words = ("generate", "-m", chain, "--json", "--num-beams", 2, "--early-stopping", "true", "--max-new-tokens", 15)
+    ended = json.loads(puna(*words, "!").out)
+    assert (ended["token_ids"][-1], ended["finish_reason"]) == (1, "stop")
+    result = json.loads(puna(*words, "--ignore-eos", "!").out)
+    assert (len(result["token_ids"]), result["finish_reason"]) == (15, "length")
+
+
 def test_sampling_flags_reach_the_model(random_model: Any, puna: Run) -> None:
     flags = {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.001, "repetition_penalty": 1.2, "seed": 7}
     flags |= {"typical_p": 0.99, "presence_penalty": 0.5, "frequency_penalty": 0.25, "no_repeat_ngram_size": 3}

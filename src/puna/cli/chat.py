@@ -66,6 +66,9 @@ def chat(
         is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         conversation = Conversation(opened, engine, sampling, system, load_seconds, is_interactive)
         if is_interactive:
+            held, whole = opened.context_length, opened.config.context_length
+            if held < whole and engine_flags.max_model_len is None:
+                note(f"The context is {held} tokens of the model's {whole}: --max-model-len asks for more.")
             _talk(conversation, model_flags.model, stats)
         else:
             for message in _joined(line.rstrip("\r\n") for line in sys.stdin):
