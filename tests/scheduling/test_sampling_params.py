@@ -44,8 +44,8 @@ def test_values_out_of_range(fields: dict[str, Any], words: str) -> None:
 
 
 def test_an_unknown_field_is_an_error() -> None:
-    with pytest.raises(TypeError, match="tempreature"):
-        SamplingParams(tempreature=1.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="heat"):
+        SamplingParams(heat=1.0)  # type: ignore[call-arg]
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:
