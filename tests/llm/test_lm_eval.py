@@ -31,7 +31,7 @@ QUESTIONS = [
     {"question": "", "choices": ["yes", "no", "maybe"], "answer": 2},
     {"question": "a llama is", "choices": [" an animal", " a number", " b"], "answer": 2},
 ]
-TEXTS = [{"text": "short"}, {"text": "one two three four five six seven. " * 5}, {"text": "grün ist es"}]
+TEXTS = [{"text": "short"}, {"text": "one two three four five six seven. " * 5}, {"text": "grün, grüner"}]
 OPENINGS = [{"text": "ab", "answer": "x"}, {"text": "once upon", "answer": "y"}]
 
 

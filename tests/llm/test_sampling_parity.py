@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections import Counter
@@ -295,3 +296,43 @@ def test_the_second_token_is_independent_of_the_first_draw(llm: LLM, theirs: tra
     names = list(joint)
     counts = Counter({number: pairs[pair] for number, pair in enumerate(names)})
     assert abs(chi_squared_z(counts, torch.tensor([joint[pair] for pair in names]))) < 4
+
+
+def test_every_field_is_documented() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "sampling.md").read_text()
+    table = page.split("## Fields")[1].split("## Order")[0]
+    rows = [line.split("|")[1].strip().strip("`") for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(field.name for field in dataclasses.fields(SamplingParams))
+
+
+@pytest.mark.parametrize("width", [2, 3, 8])
+@pytest.mark.parametrize(("length_penalty", "early_stopping"), [(1.0, False), (0.0, True), (2.0, "never")])
+def test_beam_search(
+    llm: LLM, theirs: transformers.LlamaForCausalLM, width: int, length_penalty: float, early_stopping: bool | str
+) -> None:
+    found = llm.beam_search(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        width,
+        14,
+        length_penalty,
+        early_stopping,  # type: ignore[arg-type]
+    )
+    for prompt, output in zip(PROMPTS, found, strict=True):
+        ids = torch.tensor([prompt])
+        expected = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=width,
+            num_return_sequences=width,
+            max_new_tokens=14,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        for beam, row, score in zip(output.sequences, expected.sequences, expected.sequences_scores, strict=True):
+            whole = row[len(prompt) :].tolist()
+            ends = [place for place, token in enumerate(whole) if token in EOS]
+            assert beam.token_ids == (whole[: ends[0] + 1] if ends else whole)
+            assert beam.score == pytest.approx(score.item(), abs=1e-4)
