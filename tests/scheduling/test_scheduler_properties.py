@@ -178,3 +178,28 @@ def test_the_queue_has_an_end(harness: Callable[..., Any], request_of: Callable[
     it.scheduler.add(request_of("c", (1,)))
     it.run()
     assert len(it.reasons) == 3
+
+
+def test_scored_tokens_of_a_step_are_few_and_each_is_scored_once(
+    harness: Callable[..., Any], request_of: Callable[..., Any]
+) -> None:
+    it = harness(max_scored_tokens=5, max_num_batched_tokens=30)
+    prompts = {f"r{i}": tuple(range(i, i + 17)) for i in range(4)}
+    for name, prompt in prompts.items():
+        params = SamplingParams(max_tokens=2, prompt_logprobs=0)
+        it.scheduler.add(request_of(name, prompt, 2, params=params, eos_token_ids=frozenset()))
+    it.scheduler.add(request_of("plain", tuple(range(40)), 2, eos_token_ids=frozenset()))
+    scored: dict[int, list[int]] = {}
+    run = it.runner.run
+
+    def watched(plan: Any) -> Any:
+        rows = [row for row in plan.rows if row.logprob_targets]
+        assert sum(len(row.token_ids) for row in rows) <= 5
+        for row in rows:
+            scored.setdefault(row.sequence_id, []).extend(row.logprob_targets)
+        return run(plan)
+
+    it.runner.run = watched
+    it.run()
+    assert sorted(map(tuple, scored.values())) == sorted(prompt[1:] for prompt in prompts.values())
+    assert set(it.reasons.values()) == {"length"}

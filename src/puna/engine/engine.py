@@ -123,6 +123,7 @@ class Engine:
             max_num_batched_tokens=capacity.max_num_batched_tokens,
             max_waiting=engine_config.max_waiting,
             max_skips=engine_config.max_skips,
+            max_scored_tokens=capacity.max_scored_tokens,
             sliding_window=None if None in windows else max(window for window in windows if window is not None),
         )
         allocator = BlockAllocator(memory.num_blocks, capacity.block_size, engine_config.enable_prefix_caching)

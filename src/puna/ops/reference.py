@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Elements of keys that paged_attention gathers at a time: 16 MiB in float32, and as much for the values.
+MAX_GATHERED: Final = 1 << 22
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -107,13 +112,18 @@ def paged_attention(
     """
     output = torch.empty_like(query)
     starts, lengths = query_starts.tolist(), sequence_lengths.tolist()
-    single = [b for b in range(len(lengths)) if starts[b + 1] - starts[b] == 1]
-    if len(single) > 1:  # most rows of most steps: together, for the sake of speed
-        rows = torch.tensor([starts[b] for b in single], device=query.device)
-        tables, own_lengths = block_tables[single], sequence_lengths[single]
+    # Sequences of one query, most of most steps, go together for the sake of speed: neighbours in length, and no more
+    # than keep the gathered keys small.
+    single = sorted((b for b in range(len(lengths)) if starts[b + 1] - starts[b] == 1), key=lengths.__getitem__)
+    while single:
+        per_sequence = lengths[single[-1]] * key_cache.shape[1] * key_cache.shape[3]
+        together = single[-max(1, MAX_GATHERED // per_sequence) :]
+        single = single[: -len(together)]
+        rows = torch.tensor([starts[b] for b in together], device=query.device)
+        tables, own_lengths = block_tables[together], sequence_lengths[together]
         output[rows] = _single_queries(query[rows], key_cache, value_cache, tables, own_lengths, scale, sliding_window)
     for b, length in enumerate(lengths):
-        if len(single) > 1 and starts[b + 1] - starts[b] == 1:
+        if starts[b + 1] - starts[b] == 1:
             continue
         rows_of_b = slice(starts[b], starts[b + 1])
         blocks = block_tables[b, : -(-length // key_cache.shape[2])]

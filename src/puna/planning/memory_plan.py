@@ -21,6 +21,7 @@ class Capacity:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    max_scored_tokens: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def _workspace(config: LLaMAConfig, capacity: Capacity) -> int:
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
     per_token = 4 * config.hidden_size + 2 * qkv + 3 * config.mlp_hidden_size * max(1, config.experts_per_token)
     gathered = 2 * capacity.max_model_len * config.num_kv_heads * config.head_size
-    logits = 3 * 4 * capacity.max_num_seqs * config.vocab_size
+    logits = 3 * 4 * (capacity.max_num_seqs + capacity.max_scored_tokens) * config.vocab_size
     return (capacity.max_num_batched_tokens * per_token + gathered) * size + logits
 
 

@@ -57,6 +57,12 @@ class Group:
         """Tokens that are known or chosen, and not computed yet."""
         return sum(sequence.num_tokens - sequence.num_computed for sequence in self.sequences)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the log-probabilities of the tokens that come next are wanted."""
+        first = self.sequences[0]
+        return self.request.params.prompt_logprobs is not None and first.num_computed < first.prompt_length
+
     def counts(self, budget: int) -> list[int]:
         """Tokens that each sequence may compute within the budget. Beams reach their ends in one step, or not yet."""
         new = [sequence.num_tokens - sequence.num_computed for sequence in self.sequences]

@@ -36,11 +36,13 @@ class SchedulerLimits:
     max_num_batched_tokens: int = 2048
     max_waiting: int | None = None
     max_skips: int = 256
+    # Tokens of a step whose logits are computed for prompt_logprobs: each takes a vocabulary's worth of memory.
+    max_scored_tokens: int = 128
     # The window of the layer that sees farthest, or None where some layer sees everything.
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_skips"):
+        for name in ("max_num_seqs", "max_skips", "max_scored_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -59,12 +61,17 @@ _PENDING: Final = (PENDING_TOKEN,)
 class _Step:
     """The plan in the making."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, scored_budget: int) -> None:
         self.budget = budget
+        self.scored_budget = scored_budget
         self.rows: list[StepRow] = []
         self.copies: list[tuple[int, int]] = []
         self.groups: set[Group] = set()
         self.preempted = False
+
+    def budget_of(self, group: Group) -> int:
+        """The tokens that a group may compute, fewer where their log-probabilities are wanted."""
+        return min(self.budget, self.scored_budget) if group.is_scored else self.budget
 
 
 class Scheduler:
@@ -161,7 +168,7 @@ class Scheduler:
         self._expire(now)
         self._num_plans += 1
         self._waiting.mark_overdue(self._num_plans)
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = _Step(self.limits.max_num_batched_tokens, self.limits.max_scored_tokens)
         # The tokens that users wait for come first; prompts share what is left of the budget.
         longer = []
         for group in sorted(self._running, key=_urgency):
@@ -258,12 +265,12 @@ class Scheduler:
 
     def _plan_running(self, group: Group, step: _Step) -> None:
         """Rows for a running group; where blocks are lacking, those of less urgent groups, or a shorter chunk."""
-        if group.waits_for_result or step.budget < len(group.sequences):
+        if group.waits_for_result or step.budget_of(group) < len(group.sequences):
             return
         first = group.sequences[0]
         if first.num_pending and first.num_tokens - first.prompt_length >= first.request.max_tokens:
             return  # the token that is on its way is the last one
-        counts = group.counts(step.budget)
+        counts = group.counts(step.budget_of(group))
         for sequence in group.sequences:
             self._drop_unseen(sequence)
         while not self._reserve(group, counts, step):
@@ -337,6 +344,7 @@ class Scheduler:
             num_logprobs, targets = sequence.request.params.prompt_logprobs, []
             if num_logprobs is not None:
                 targets = sequence.token_ids[first + 1 : min(first + count + 1, sequence.prompt_length)]
+                step.scored_budget -= count * bool(targets)
             step.rows.append(
                 StepRow(
                     sequence.sequence_id,
@@ -388,12 +396,12 @@ class Scheduler:
         """Starts waiting groups in order, until one does not fit: those behind it must not take what it waits for."""
         seats = sum(group.seats for group in self._running)
         while step.budget > 0 and (group := self._waiting.first()) is not None:
-            if seats + group.seats > self.limits.max_num_seqs or step.budget < len(group.sequences):
+            if seats + group.seats > self.limits.max_num_seqs or step.budget_of(group) < len(group.sequences):
                 return
             for sequence in group.sequences:
                 self._match_prefix(sequence)
             missing = sum(self._num_blocks(s.num_tokens) - len(s.blocks) for s in group.sequences)
-            counts = group.counts(step.budget)
+            counts = group.counts(step.budget_of(group))
             # With nothing running there is nothing to wait for, and `add` made sure that it fits in the end.
             fits = missing <= self.allocator.num_free or not self._running
             if not fits or not self._reserve(group, counts, step):
