@@ -53,7 +53,7 @@ class LLM:
         self,
         model: str | Path,
         *,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         device: torch.device | str = "cpu",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,

@@ -121,6 +121,14 @@ def test_every_dtype_to_every_dtype(make: Make, stored: str, wanted: str | None)
         assert torch.equal(piece.read(), folder.tensors[name].to(expected)), name
 
 
+def test_a_dtype_may_be_torchs_own(make: Make) -> None:
+    model = load_model(make().path, dtype=torch.bfloat16)
+    assert model.config.dtype == "bfloat16"
+    assert model.ln_f.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"dtype is torch.float64: use float32"):
+        load_model(make().path, dtype=torch.float64)
+
+
 def test_dtypes_may_be_mixed(make: Make) -> None:
     folder = make(dtype=torch.bfloat16)
     mixed = {name: tensor.float() if tensor.ndim == 1 else tensor for name, tensor in folder.tensors.items()}

@@ -85,7 +85,7 @@ class Engine:
     def from_pretrained(
         cls,
         model: str,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         device: torch.device | str = "cpu",
         engine_config: EngineConfig | None = None,
         *,

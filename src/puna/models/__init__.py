@@ -27,15 +27,16 @@ MODELS: ReadOnlyDict[str, type[LLaMAForCausalLM]] = MappingProxyType({model.arch
 
 def load_model(
     path: str | Path,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: torch.device | str = "cpu",
     mapping: Mapping | None = None,
     comm: Communicator | None = None,
 ) -> LLaMAForCausalLM:
     """Loads a checkpoint: a folder, or the id of one on the Hugging Face hub, or "demo" for the model in the package.
 
-    `dtype` is float32, bfloat16 or float16; None means the checkpoint's. With a `mapping` of several ranks, this rank's
-    slice alone is read, and torch.distributed must be initialised; `comm` brings another communicator instead.
+    `dtype` is float32, bfloat16 or float16, as a name or as torch's own; None means the checkpoint's. With a
+    `mapping` of several ranks, this rank's slice alone is read, and torch.distributed must be initialised; `comm`
+    brings another communicator instead.
 
     Raises FileNotFoundError where there is no checkpoint, and ValueError, before any weight is read, for an
     architecture or option that is not supported, and for missing, surplus, misshapen or truncated tensors.

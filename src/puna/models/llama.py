@@ -172,7 +172,7 @@ class LLaMAForCausalLM(LLaMAModel, GenerationMixin):
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         device: torch.device | str = "cpu",
         mapping: Mapping | None = None,
         comm: Communicator | None = None,

@@ -32,7 +32,7 @@ _DERIVED_TENSORS = (".rotary_emb.inv_freq",)
 def load_weights(
     model_class: type[Model],
     path: str | Path | Checkpoint,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: torch.device | str = "cpu",
     mapping: Mapping | None = None,
     comm: Communicator | None = None,
@@ -102,7 +102,7 @@ def save_model(
     write_checkpoint(Path(folder), config, generation, tensors, extra_files or {})
 
 
-def resolved_config(checkpoint: Checkpoint, dtype: str | None) -> LLaMAConfig:
+def resolved_config(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> LLaMAConfig:
     """The checkpoint's config in the dtype asked for, or else the one that its config or else its tensors have."""
     fields = checkpoint.config_fields
     config = LLaMAConfig.from_fields(fields, checkpoint.config_source)
@@ -112,9 +112,10 @@ def resolved_config(checkpoint: Checkpoint, dtype: str | None) -> LLaMAConfig:
         dtype = checkpoint.dtype(largest) if checkpoint.dtype(largest) in get_args(Dtype) else None
     if dtype is None:
         return config
-    if dtype not in get_args(Dtype):
+    name = str(dtype).removeprefix("torch.")
+    if name not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}: use {', '.join(get_args(Dtype))}")
-    return dataclasses.replace(config, dtype=cast(Dtype, dtype))
+    return dataclasses.replace(config, dtype=cast(Dtype, name))
 
 
 def _check_layers(checkpoint: Checkpoint, config: LLaMAConfig) -> None:
