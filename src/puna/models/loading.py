@@ -112,7 +112,7 @@ def resolved_config(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> 
         dtype = checkpoint.dtype(largest) if checkpoint.dtype(largest) in get_args(Dtype) else None
     if dtype is None:
         return config
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if name not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}: use {', '.join(get_args(Dtype))}")
     return dataclasses.replace(config, dtype=cast(Dtype, name))
