@@ -246,7 +246,7 @@ class Engine:
             eos_token_ids=_eos_token_ids(self.parts.generation_config, self.parts.tokenizer),
             priority=priority,
             deadline=None if timeout is None else time.monotonic() + timeout,
-            cache_salt=cache_salt.encode() + self._rotary_salt(len(prompt)),
+            cache_salt=self._rotary_salt(len(prompt)) + b"|" + cache_salt.encode(),
             beams=beams,
             bad_word_ids=self._bad_word_ids(params.bad_words),
         )
@@ -255,9 +255,9 @@ class Engine:
         """Keeps prompts apart whose keys are rotated differently because of their length (see AttentionParams)."""
         scaling, trained = self.parts.config.rotary_scaling, self.parts.config.max_position_embeddings
         if scaling is not None and scaling.type == "dynamic" and prompt_length > trained:
-            return b"/%d" % prompt_length
+            return b"%d" % prompt_length
         if scaling is not None and scaling.type == "longrope":
-            return b"/long" if prompt_length > (scaling.original_max_position_embeddings or trained) else b""
+            return b"long" if prompt_length > (scaling.original_max_position_embeddings or trained) else b""
         return b""
 
     def _bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
