@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from puna.config import RotaryScaling
 from puna.llm import LLM
 from puna.models import LLaMAForCausalLM
 from puna.scheduling.sampling_params import SamplingParams
@@ -68,8 +69,19 @@ def test_chunks_preemption_and_prefix_hits_change_nothing(tight_llm: LLM, dense:
         {"architecture": "MistralForCausalLM", "sliding_window": 9},
         {"architecture": "Qwen2ForCausalLM", "attn_bias": True, "sliding_window": 6, "sliding_window_layers": (1,)},
         {"architecture": "MixtralForCausalLM", "num_experts": 3, "experts_per_token": 2},
+        # Prompts on either side of the length at which keys are rotated otherwise, some with a prefix in common.
+        {"max_position_embeddings": 24, "rotary_scaling": RotaryScaling(type="dynamic", factor=4.0)},
+        {
+            "rotary_scaling": RotaryScaling(
+                type="longrope",
+                factor=8.0,
+                original_max_position_embeddings=32,
+                short_factor=(1.0, 1.1, 1.2, 1.3),
+                long_factor=(1.0, 2.0, 4.0, 8.0),
+            )
+        },
     ],
-    ids=["mistral", "qwen2", "mixtral"],
+    ids=["mistral", "qwen2", "mixtral", "dynamic", "longrope"],
 )
 def test_families(make_folder: Callable[..., Path], options: dict[str, Any]) -> None:
     from puna.models import load_model
