@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -218,25 +218,37 @@ class LLM:
 
     def _run(self, outputs: list[RequestOutput], params: list[SamplingParams], show_progress: bool | None) -> None:
         """Submits all and waits for all; where one is refused, the others are cancelled."""
-        deltas: queue.SimpleQueue[RequestDelta] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[list[RequestDelta]] = queue.SimpleQueue()
         by_id: dict[str, RequestOutput] = {}
         shows = sys.stderr.isatty() if show_progress is None else show_progress
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         try:
             for output, its_params in zip(outputs, params, strict=True):
-                output.request_id = self.engine.submit(output.prompt_token_ids, its_params, deltas.put)
+                output.request_id = self.engine.submit(output.prompt_token_ids, its_params, _collector(ended))
                 output.outputs = [CompletionOutput(index) for index in range(its_params.n)]
                 by_id[output.request_id] = output
             with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shows) as progress:
                 task = progress.add_task("generating", total=len(outputs))
-                unfinished = len(outputs)
-                while unfinished:
-                    delta = deltas.get()
-                    by_id[delta.request_id].add(delta)
-                    if delta.finished:
-                        unfinished -= 1
-                        progress.advance(task)
+                for _ in outputs:
+                    for delta in ended.get():
+                        by_id[delta.request_id].add(delta)
+                    progress.advance(task)
         except BaseException:
             for request_id in by_id:
                 self.engine.cancel(request_id)
             raise
+
+
+def _collector(ended: queue.SimpleQueue[list[RequestDelta]]) -> Callable[[RequestDelta], None]:
+    """A listener that hands over all of a request's deltas at its end.
+
+    Waking the caller for every token would take the interpreter away from the threads that make them.
+    """
+    deltas: list[RequestDelta] = []
+
+    def listen(delta: RequestDelta) -> None:
+        deltas.append(delta)
+        if delta.finished:
+            ended.put(deltas)
+
+    return listen
