@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from puna.config import EngineConfig
 from puna.engine.async_engine import AsyncEngine
 from puna.engine.engine import Engine
 from puna.models import LLaMAForCausalLM
-from puna.scheduling.sampling_params import SamplingParams
+from puna.scheduling.sampling_params import GuidedDecoding, SamplingParams
 from puna.scheduling.scheduler import QueueFullError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -118,3 +119,29 @@ def test_shutdown_ends_what_runs(folder: Path) -> None:
         return outputs[-1].outputs[0].finish_reason
 
     assert asyncio.run(run()) == "abort"
+
+
+def test_long_prompts_and_grammars_do_not_hold_the_event_loop_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is encoded, and grammars are compiled, in other threads."""
+    seen: list[threading.Thread] = []
+
+    async def run() -> None:
+        async with engine(folder) as it:
+            parts = it.engine.parts
+            encode, compile_grammar = parts.tokenizer.encode, parts.grammars.compile
+            monkeypatch.setattr(
+                parts.tokenizer, "encode", lambda text: (seen.append(threading.current_thread()), encode(text))[1]
+            )
+            monkeypatch.setattr(
+                parts.grammars,
+                "compile",
+                lambda guided: (seen.append(threading.current_thread()), compile_grammar(guided))[1],
+            )
+            params = SamplingParams(temperature=0, max_tokens=4, guided=GuidedDecoding(regex="[ab]{4}"))
+            outputs = [output async for output in it.generate("text", params)]
+            assert len(outputs[-1].outputs[0].text) == 4
+
+    asyncio.run(run())
+    # After these two, submit and the sampler look the grammar up.
+    assert len(seen) > 2
+    assert threading.main_thread() not in seen[:2]

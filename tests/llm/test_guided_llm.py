@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
 
 from puna.llm import LLM
 from puna.scheduling.sampling_params import GuidedDecoding, SamplingParams
+from puna.scheduling.scheduler import Scheduler
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -153,6 +155,15 @@ def test_other_params_hold_within_the_grammar(llm: LLM) -> None:
     assert len(text(logit_bias=eos_is_likely, min_tokens=6)) == 6
 
 
+def _plans_once_idle(scheduler: Scheduler) -> int:
+    """How many plans were made, when the last of the requests before has been cleared away."""
+    while True:
+        plans = scheduler._num_plans
+        time.sleep(0.05)
+        if plans == scheduler._num_plans and not scheduler.has_work:
+            return plans
+
+
 @pytest.mark.parametrize(
     ("constraint", "words"),
     [
@@ -169,7 +180,7 @@ def test_what_cannot_be_compiled_is_refused_before_anything_runs(
 ) -> None:
     scheduler = llm.engine.parts.scheduler
     params = [SamplingParams(max_tokens=1), SamplingParams(guided=GuidedDecoding(**constraint))]
-    before = scheduler._num_plans
+    before = _plans_once_idle(scheduler)
     with pytest.raises(ValueError, match=words):
         llm.generate(["bad", "good"], list(reversed(params)))
     assert scheduler._num_plans == before

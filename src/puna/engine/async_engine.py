@@ -51,7 +51,12 @@ class AsyncEngine:
         def listener(delta: RequestDelta) -> None:
             loop.call_soon_threadsafe(deltas.put_nowait, delta)
 
-        token_ids = self.engine.parts.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        # Both may take a while, and neither leaves anything behind if this task is cancelled meanwhile.
+        parts = self.engine.parts
+        encoded = await asyncio.to_thread(parts.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
+        token_ids = list(encoded)
+        if params.guided is not None:
+            await asyncio.to_thread(parts.grammars.compile, params.guided)  # kept, so that submit only looks it up
         name = self.engine.submit(
             token_ids,
             params,
