@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Where --context is not given: long enough for most of what a model knows of its context, and bearable on a CPU, whose
 # time goes with the square of it.
 DEFAULT_CONTEXT: Final = 2048
-# Windows at once, and tokens in a step: every one of them has logits, which for a vocabulary of 128K take 512 KiB each.
+# Windows at once, and tokens in a step. How many of these have logits is the scheduler's affair (max_scored_tokens).
 _MAX_NUM_SEQS: Final = 8
 _MAX_NUM_BATCHED_TOKENS: Final = 512
 _PLOT_TYPES: Final = (".png", ".pdf", ".svg")

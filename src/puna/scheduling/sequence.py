@@ -84,10 +84,6 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.prompt_length :]
-
-    @property
     def block_ids(self) -> tuple[int, ...]:
         """The blocks, as a plan keeps them; made anew only when they have changed."""
         if self._block_tuple is None:
