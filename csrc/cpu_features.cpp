@@ -63,6 +63,7 @@ std::vector<std::string> cpu_features() {
   add("avx_vnni", avx && bit(leaf7_1.eax, 4));
   add("avx512f", avx512);
   add("avx512bw", avx512 && bit(leaf7.ebx, 30));
+  add("avx512dq", avx512 && bit(leaf7.ebx, 17));
   add("avx512vl", avx512 && bit(leaf7.ebx, 31));
   add("avx512_vnni", avx512 && bit(leaf7.ecx, 11));
   add("avx512_bf16", avx512 && bit(leaf7_1.eax, 5));

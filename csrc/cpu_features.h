@@ -6,7 +6,7 @@
 
 namespace puna {
 
-// Names as Linux spells them in /proc/cpuinfo, out of: avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni
+// Names as Linux spells them in /proc/cpuinfo, out of: avx2 fma f16c avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni
 // avx512_bf16 amx_int8 amx_bf16. Empty on processors that are not x86.
 //
 // A name is listed only where the operating system also saves the registers it needs. For AMX a Linux process must

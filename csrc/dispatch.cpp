@@ -1,0 +1,80 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "cpu_features.h"
+
+namespace puna {
+
+#if defined(__x86_64__)
+namespace avx512 { extern const Kernels kKernels; }
+namespace avx2vnni { extern const Kernels kKernels; }
+namespace avx2 { extern const Kernels kKernels; }
+#endif
+namespace portable { extern const Kernels kKernels; }
+
+namespace {
+
+struct Level {
+  const Kernels* kernels;
+  std::vector<const char*> needs;
+};
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = {
+#if defined(__x86_64__)
+      {&avx512::kKernels,
+       {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}},
+      {&avx2vnni::kKernels, {"avx2", "fma", "f16c", "avx_vnni"}},
+      {&avx2::kKernels, {"avx2", "fma", "f16c"}},
+#endif
+      {&portable::kKernels, {}},
+  };
+  return all;
+}
+
+const std::vector<const Kernels*>& supported() {
+  static const std::vector<const Kernels*> found = [] {
+    const std::vector<std::string> features = cpu_features();
+    std::vector<const Kernels*> fitting;
+    for (const Level& level : levels()) {
+      const bool fits = std::all_of(level.needs.begin(), level.needs.end(), [&](const char* name) {
+        return std::find(features.begin(), features.end(), name) != features.end();
+      });
+      if (fits) fitting.push_back(level.kernels);
+    }
+    return fitting;
+  }();
+  return found;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+std::vector<std::string> supported_levels() {
+  std::vector<std::string> names;
+  for (const Kernels* level : supported()) names.emplace_back(level->level);
+  return names;
+}
+
+const Kernels& kernels() {
+  const Kernels* level = chosen.load(std::memory_order_relaxed);
+  return level ? *level : *supported().front();
+}
+
+void set_level(const std::string& name) {
+  std::string names;
+  for (const Kernels* level : supported()) {
+    if (level->level == name) {
+      chosen = level;
+      return;
+    }
+    names += names.empty() ? level->level : std::string(", ") + level->level;
+  }
+  throw std::invalid_argument("the level is " + name + ": this processor runs " + names);
+}
+
+}  // namespace puna

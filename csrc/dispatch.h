@@ -1,0 +1,20 @@
+// Which instruction level's kernels this process uses.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/args.h"
+
+namespace puna {
+
+// The levels that this processor can run, the best first; "portable" is always the last.
+std::vector<std::string> supported_levels();
+
+// The kernels in use: the best level's, until another is chosen.
+const Kernels& kernels();
+
+// Chooses a level for every call from now on. Throws std::invalid_argument for one that the processor cannot run.
+void set_level(const std::string& level);
+
+}  // namespace puna
