@@ -152,13 +152,13 @@ def test_logits_of_all_ranks_together(name: str, tp_size: int, pp_size: int, fol
 @pytest.mark.parametrize("name", ["llama", "llama_tied_mqa", "mixtral"])
 def test_packed_tokens_on_two_ranks(name: str, folder_of: Callable[[str], Path]) -> None:
     rows = [
-        StepRow(0, 0, (1, 2, 3, 4, 0), block_ids=(2, 0), prompt_length=5, sampled_ids=(0,)),
-        StepRow(1, 0, (4, 4), block_ids=(1,), prompt_length=2, sampled_ids=(1,)),
+        StepRow(0, 0, (1, 2, 3, 4, 0), block_ids=((2, 0),), prompt_length=5, sampled_ids=(0,)),
+        StepRow(1, 0, (4, 4), block_ids=((1,),), prompt_length=2, sampled_ids=(1,)),
     ]
     inputs = StepBuffers(8, 2, 2, block_size=4).fill(StepPlan(tuple(rows)))
 
     def run(model: LLaMAForCausalLM, comm: Communicator) -> Tensor:
-        pool = KVPool(model.config, comm, 3, block_size=4)
+        pool = KVPool(model.config, comm, (3,), block_size=4)
         with torch.no_grad():
             return model(
                 inputs.input_ids,

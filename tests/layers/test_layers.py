@@ -152,13 +152,13 @@ def test_bad_dense_calls(arguments: dict[str, Any], words: str) -> None:
 
 
 def packed_inputs() -> StepInputs:
-    row = StepRow(sequence_id=0, first_position=0, token_ids=(1, 2, 3), block_ids=(0,), prompt_length=3)
+    row = StepRow(sequence_id=0, first_position=0, token_ids=(1, 2, 3), block_ids=((0,),), prompt_length=3)
     return StepBuffers(3, 1, 1, block_size=4).fill(StepPlan((row,)))
 
 
 def test_bad_packed_calls() -> None:
     model, inputs = LLaMAModel(CONFIG), packed_inputs()
-    pool = KVPool(CONFIG, model.comm, 1, 4).params()
+    pool = KVPool(CONFIG, model.comm, (1,), 4).params()
     with pytest.raises(ValueError, match="packed tokens need position_ids"):
         model(inputs.input_ids, attention_params=inputs.attention_params, kv_cache_params=pool)
     with pytest.raises(ValueError, match="no use_cache or attention_mask"):
@@ -173,11 +173,11 @@ def test_bad_packed_calls() -> None:
 def test_bad_plans_and_pools() -> None:
     with pytest.raises(ValueError, match="nothing to run"):
         StepBuffers(8, 2, 2, 4).fill(StepPlan(()))
-    row = StepRow(sequence_id=8, first_position=3, token_ids=(1, 2), block_ids=(0,), prompt_length=3)
+    row = StepRow(sequence_id=8, first_position=3, token_ids=(1, 2), block_ids=((0,),), prompt_length=3)
     with pytest.raises(ValueError, match="sequence 8 has 5 tokens, but its 1 blocks hold 4"):
         StepBuffers(8, 2, 2, 4).fill(StepPlan((row,)))
-    with pytest.raises(ValueError, match="num_blocks is 0"):
-        KVPool(CONFIG, NullCommunicator(), 0)
+    with pytest.raises(ValueError, match=r"num_blocks is \(0,\)"):
+        KVPool(CONFIG, NullCommunicator(), (0,))
 
 
 def test_a_length_dependent_rotary_needs_lengths() -> None:
@@ -196,7 +196,7 @@ def test_attention_by_itself_equals_attention_in_packed_form_without_prepared_an
         packed, present = attention(
             hidden,
             inputs.position_ids,
-            kv_cache_params=KVPool(CONFIG, NullCommunicator(), 1, 4).params(),
+            kv_cache_params=KVPool(CONFIG, NullCommunicator(), (1,), 4).params(),
             attention_params=inputs.attention_params,
         )
     assert present is None

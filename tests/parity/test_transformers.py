@@ -35,8 +35,9 @@ class PackedRunner:
         shuffled = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1)).tolist()
         self.blocks = [tuple(shuffled[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
         self.model = model
-        self.pool = KVPool(model.config, model.comm, sum(counts), BLOCK_SIZE)
-        self.buffers = StepBuffers(sum(lengths), len(lengths), max(counts), BLOCK_SIZE)
+        num_windows = len(model.config.windows)
+        self.pool = KVPool(model.config, model.comm, (sum(counts),) * num_windows, BLOCK_SIZE)
+        self.buffers = StepBuffers(sum(lengths), len(lengths), max(counts), BLOCK_SIZE, num_windows=num_windows)
 
     @torch.no_grad()
     def step(self, rows: list[tuple[int, int, list[int], int]]) -> Tensor:
@@ -47,7 +48,7 @@ class PackedRunner:
                     sequence_id=sequence,
                     first_position=first,
                     token_ids=tuple(tokens),
-                    block_ids=self.blocks[sequence],
+                    block_ids=(self.blocks[sequence],) * len(self.model.config.windows),
                     prompt_length=prompt_length,
                 )
                 for sequence, first, tokens, prompt_length in rows

@@ -74,7 +74,7 @@ def test_the_fullest_rank_holds_what_is_planned(options: dict[str, Any], tp: int
         with torch.device("meta"):
             model = MODELS[config.architecture](config, comm)
         weights.append(2 * sum(parameter.numel() for parameter in model.parameters()))
-        pool = KVPool(config, comm, plan.num_blocks, CAPACITY.block_size)
+        pool = KVPool(config, comm, (plan.num_blocks,), CAPACITY.block_size)
         caches.append(held((*pool.key_caches, *pool.value_caches)))
     assert plan.cache == max(caches)
     # Never less than what is held. More only because the fullest stage of layers need not be one of the two ends.

@@ -22,7 +22,7 @@ from puna.scheduling.events import BeamEvent, PromptEvent, SequenceEvent
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import Scheduler, SchedulerLimits
 from puna.scheduling.sequence import Request
-from puna.scheduling.step_plan import PENDING_TOKEN, NewSequence, StepPlan, StepResult, StepRow
+from puna.scheduling.step_plan import PENDING_TOKEN, BlockCopy, NewSequence, StepPlan, StepResult, StepRow
 
 SIZE = 4
 NUM_BLOCKS = 40
@@ -53,7 +53,7 @@ def model() -> LLaMAForCausalLM:
 
 
 def runner_of(model: LLaMAForCausalLM, use_buckets: bool = False) -> ModelRunner:
-    pool = KVPool(CONFIG, NullCommunicator(), NUM_BLOCKS, SIZE)
+    pool = KVPool(CONFIG, NullCommunicator(), (NUM_BLOCKS,), SIZE)
     buffers = StepBuffers(64, MAX_ROWS, 128 // SIZE, SIZE)
     return ModelRunner(model, pool, buffers, Sampler(CONFIG.vocab_size), use_buckets)
 
@@ -142,7 +142,7 @@ def test_padding_touches_no_block_but_the_dummy(model: LLaMAForCausalLM) -> None
     for cache in (*runner.pool.key_caches, *runner.pool.value_caches):
         cache[1:] = 7.0
     new = tuple(NewSequence(i, (5,), GREEDY, 0, frozenset()) for i in range(3))
-    rows = tuple(StepRow(i, 0, (5 + i,), (10 + i,), 1, (i,)) for i in range(3))
+    rows = tuple(StepRow(i, 0, (5 + i,), ((10 + i,),), 1, (i,)) for i in range(3))
     result = runner.execute(StepPlan(rows, new_sequences=new))
     assert len(result.tokens) == 3  # and none for the padded row
     for cache in (*runner.pool.key_caches, *runner.pool.value_caches):
@@ -177,7 +177,7 @@ def test_prompt_logprobs_row_by_row(model: LLaMAForCausalLM, chunk: int) -> None
     for first in range(0, len(prompt), chunk):
         tokens = tuple(prompt[first : first + chunk])
         targets = tuple(prompt[first + 1 : first + chunk + 1])
-        row = StepRow(1, first, tokens, (4, 2, 9), len(prompt), logprob_targets=targets, num_logprobs=2)
+        row = StepRow(1, first, tokens, ((4, 2, 9),), len(prompt), logprob_targets=targets, num_logprobs=2)
         result = runner.execute(StepPlan((row,)))
         assert result.tokens == ()
         if targets:
@@ -191,10 +191,10 @@ def test_copied_blocks_go_their_own_ways(model: LLaMAForCausalLM) -> None:
     """A fork in the middle of a block: the copy goes on with another token, and the original stays what it was."""
     runner, prompt = runner_of(model), PROMPTS[0][:6]
     new = tuple(NewSequence(i, tuple(prompt), GREEDY, 0, frozenset()) for i in (1, 2))
-    first = StepRow(1, 0, tuple(prompt), (3, 4), 6, (1, 2))
+    first = StepRow(1, 0, tuple(prompt), ((3, 4),), 6, (1, 2))
     runner.execute(StepPlan((first,), new_sequences=new))
-    rows = (StepRow(1, 6, (50,), (3, 4), 6, (1,)), StepRow(2, 6, (60,), (3, 8), 6, (2,)))
-    result = runner.execute(StepPlan(rows, copies=((4, 8),)))
+    rows = (StepRow(1, 6, (50,), ((3, 4),), 6, (1,)), StepRow(2, 6, (60,), ((3, 8),), 6, (2,)))
+    result = runner.execute(StepPlan(rows, copies=(BlockCopy(0, 4, 8),)))
     for token, own in zip(result.tokens, (50, 60), strict=True):
         expected = dense_logprobs(model, [*prompt, own])[-1]
         assert token.token_id == int(expected.argmax())
@@ -203,11 +203,11 @@ def test_copied_blocks_go_their_own_ways(model: LLaMAForCausalLM) -> None:
 
 
 def test_all_copies_are_read_before_any_is_written() -> None:
-    pool = KVPool(CONFIG, NullCommunicator(), 6, SIZE)
+    pool = KVPool(CONFIG, NullCommunicator(), (6,), SIZE)
     for cache in (*pool.key_caches, *pool.value_caches):
         for block in range(6):
             cache[block] = block
-    pool.copy_blocks([(1, 2), (2, 3), (3, 1)])
+    pool.copy_blocks([BlockCopy(0, 1, 2), BlockCopy(0, 2, 3), BlockCopy(0, 3, 1)])
     pool.copy_blocks([])
     for cache in (*pool.key_caches, *pool.value_caches):
         assert cache[:, 0, 0, 0].tolist() == [0, 3, 1, 2, 4, 5]
@@ -230,9 +230,9 @@ def test_a_pending_token_is_the_one_last_chosen(model: LLaMAForCausalLM) -> None
     runner, prompt = runner_of(model), PROMPTS[1]
     new = NewSequence(1, tuple(prompt), GREEDY, 0, frozenset())
     plans = [
-        StepPlan((StepRow(1, 0, tuple(prompt), (5, 6), 3, (1,)),), new_sequences=(new,)),
-        StepPlan((StepRow(1, 3, (PENDING_TOKEN,), (5, 6), 3, (1,)),)),
-        StepPlan((StepRow(1, 4, (PENDING_TOKEN,), (5, 6), 3, (1,)),)),
+        StepPlan((StepRow(1, 0, tuple(prompt), ((5, 6),), 3, (1,)),), new_sequences=(new,)),
+        StepPlan((StepRow(1, 3, (PENDING_TOKEN,), ((5, 6),), 3, (1,)),)),
+        StepPlan((StepRow(1, 4, (PENDING_TOKEN,), ((5, 6),), 3, (1,)),)),
     ]
     found = [runner.execute(plan).tokens[0].token_id for plan in plans]
     assert found == greedy(model, prompt, 3)
@@ -285,6 +285,6 @@ def test_an_error_of_one_sequence_leaves_the_others_alone(model: LLaMAForCausalL
 def test_a_plan_without_rows_only_forgets(model: LLaMAForCausalLM) -> None:
     runner = runner_of(model)
     new = NewSequence(1, (5,), GREEDY, 0, frozenset())
-    runner.execute(StepPlan((StepRow(1, 0, (5,), (3,), 1, (1,)),), new_sequences=(new,)))
+    runner.execute(StepPlan((StepRow(1, 0, (5,), ((3,),), 1, (1,)),), new_sequences=(new,)))
     assert runner.execute(StepPlan((), ended_sequences=(1,))) == StepResult((), {}, {}, {})
     assert not runner.sampler._states

@@ -20,7 +20,7 @@ def buffers() -> StepBuffers:
 
 
 def row(number: int, first: int, tokens: tuple[int, ...], blocks: tuple[int, ...], **fields: Any) -> StepRow:
-    return StepRow(number, first, tokens, blocks, **({"prompt_length": 3} | fields))
+    return StepRow(number, first, tokens, (blocks,), **({"prompt_length": 3} | fields))
 
 
 def plan_of(*rows: StepRow) -> StepPlan:
@@ -29,14 +29,15 @@ def plan_of(*rows: StepRow) -> StepPlan:
 
 def numbers(inputs: StepInputs) -> dict[str, list[Any]]:
     attention = inputs.attention_params
+    (tables,) = attention.cache_tables
     named: dict[str, Tensor | None] = {
         "input_ids": inputs.input_ids,
         "position_ids": inputs.position_ids,
         "logits_ids": inputs.logits_ids,
         "query_starts": attention.query_starts,
         "sequence_lengths": attention.sequence_lengths,
-        "block_tables": attention.block_tables,
-        "slot_mapping": attention.slot_mapping,
+        "block_tables": tables.block_tables,
+        "slot_mapping": tables.slot_mapping,
         "rotary_lengths": attention.rotary_lengths,
     }
     return {name: tensor.tolist() for name, tensor in named.items() if tensor is not None}
@@ -71,9 +72,9 @@ def test_types() -> None:
     inputs = buffers().fill(MIXED, {2: 77}.__getitem__)
     assert {inputs.input_ids.dtype, inputs.position_ids.dtype, inputs.logits_ids.dtype} == {torch.int64}
     attention = inputs.attention_params
-    assert {attention.query_starts.dtype, attention.sequence_lengths.dtype, attention.block_tables.dtype} == {
-        torch.int32
-    }
+    (tables,) = attention.cache_tables
+    assert tables.slot_mapping.dtype == torch.int64
+    assert {attention.query_starts.dtype, attention.sequence_lengths.dtype, tables.block_tables.dtype} == {torch.int32}
 
 
 def test_a_pending_token_is_asked_for_only_where_there_is_one() -> None:
@@ -104,7 +105,34 @@ def test_rows_are_padded_to_a_bucket_in_the_dummy_block() -> None:
     assert found["rotary_lengths"][2:] == [1, 1]
     assert found["block_tables"][2:] == [[0] * 5, [0] * 5]
     assert [len(table) for table in found["block_tables"]] == [5] * 4  # the same shapes whatever the lengths
-    assert found["logits_ids"] == [0, 1]
+    assert found["logits_ids"] == [0, 1, 2, 3]  # as many whatever the plan wants
+
+
+def test_a_padded_step_has_a_row_of_logits_for_every_row() -> None:
+    rows = [row(1, 5, (50,), (7, 9)), row(2, 8, (51,), (1, 2, 3), sampled_ids=(2,)), row(3, 1, (52,), (4,))]
+    found = numbers(buffers().fill(plan_of(*rows), num_rows=5))
+    assert len(found["logits_ids"]) == 5
+    assert found["logits_ids"][0] == 1  # the wanted one comes first
+    assert set(found["logits_ids"]) <= set(range(5))
+
+
+def test_every_window_has_tables_of_its_own() -> None:
+    it = StepBuffers(max_tokens=16, max_rows=6, max_blocks=5, block_size=SIZE, num_windows=2)
+    rows = [
+        StepRow(1, 7, (50, 51), ((7, 9, 2), (0, 3, 5)), 3, (1,)),
+        StepRow(2, 8, (52,), ((1, 4, 6), (0, 0, 8)), 3, (2,)),
+    ]
+    full, windowed = it.fill(plan_of(*rows)).attention_params.cache_tables
+    assert full.block_tables.tolist() == [[7, 9, 2], [1, 4, 6]]
+    assert windowed.block_tables.tolist() == [[0, 3, 5], [0, 0, 8]]
+    assert full.slot_mapping.tolist() == [9 * 4 + 3, 2 * 4, 6 * 4]
+    assert windowed.slot_mapping.tolist() == [3 * 4 + 3, 5 * 4, 8 * 4]
+    full, windowed = it.fill(plan_of(rows[1]), num_rows=2).attention_params.cache_tables
+    assert full.block_tables.tolist() == [[1, 4, 6, 0, 0], [0] * 5]
+    assert windowed.block_tables.tolist() == [[0, 0, 8, 0, 0], [0] * 5]
+    assert (full.slot_mapping.tolist(), windowed.slot_mapping.tolist()) == ([6 * 4, 0], [8 * 4, 0])
+    with pytest.raises(ValueError, match="zip"):
+        it.fill(plan_of(row(1, 0, (9,), (3,))))
 
 
 def test_every_step_lies_at_the_same_addresses() -> None:
@@ -118,8 +146,8 @@ def test_every_step_lies_at_the_same_addresses() -> None:
             inputs.logits_ids,
             attention.query_starts,
             attention.sequence_lengths,
-            attention.block_tables,
-            attention.slot_mapping,
+            attention.cache_tables[0].block_tables,
+            attention.cache_tables[0].slot_mapping,
         )
         return [tensor.data_ptr() for tensor in tensors]
 

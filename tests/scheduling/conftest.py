@@ -36,7 +36,7 @@ class FakeRunner:
             del self.seeds[ended]
         for new in plan.new_sequences:
             self.seeds[new.sequence_id] = new.seed
-        for source, target in plan.copies:
+        for _, source, target in plan.copies:
             for offset in range(self.block_size):
                 if (source, offset) in self.cache:
                     self.cache[target, offset] = self.cache[source, offset]
@@ -45,17 +45,17 @@ class FakeRunner:
             for i, token in enumerate(row.token_ids):
                 position = row.first_position + i
                 known = self.last[row.sequence_id] if token == PENDING_TOKEN else token
-                self.cache[self._slot(row.block_ids, position)] = (position, known)
+                self.cache[self._slot(row.block_ids[0], position)] = (position, known)
             self.num_tokens += len(row.token_ids)
         for row in plan.rows:
             if row.sampled_ids:
-                seen = self._visible(row.block_ids, row.sequence_length)
+                seen = self._visible(row.block_ids[0], row.sequence_length)
                 for sequence_id in row.sampled_ids:
                     token = next_token(seen, self.seeds[sequence_id])
                     self.last[sequence_id] = token
                     tokens.append(SampledToken(sequence_id, token))
             elif row.num_candidates:
-                seen = self._visible(row.block_ids, row.sequence_length)
+                seen = self._visible(row.block_ids[0], row.sequence_length)
                 candidates[row.sequence_id] = next_candidates(seen, row.num_candidates)
         self.num_rows = max(self.num_rows, len(plan.rows))
         return StepResult(tuple(tokens), candidates, {}, {})

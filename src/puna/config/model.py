@@ -83,6 +83,18 @@ class LLaMAConfig:
         return None
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The windows for which the cache has blocks of their own. As yet a single one: that which sees farthest."""
+        found = [self.layer_window(layer) for layer in range(self.num_layers)]
+        return (None if None in found else self.sliding_window,)
+
+    def window_idx(self, layer_idx: int) -> int:
+        """Which of `windows` a layer has its keys and values in."""
+        if not 0 <= layer_idx < self.num_layers:
+            raise ValueError(f"layer_idx is {layer_idx}: it must be in 0..{self.num_layers - 1}")
+        return 0
+
+    @property
     def context_length(self) -> int:
         """The most tokens a sequence may have: more than max_position_embeddings where rotary scaling extends it."""
         scaling = self.rotary_scaling

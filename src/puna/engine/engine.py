@@ -131,13 +131,14 @@ class Engine:
         grammars = GrammarCompiler(TokenBytes(tokenizer), eos, config.vocab_size)
         runner = ModelRunner(
             network,
-            KVPool(config, comm, memory.num_blocks, capacity.block_size),
+            KVPool(config, comm, (memory.num_blocks,), capacity.block_size),
             StepBuffers(
                 capacity.max_num_batched_tokens,
                 capacity.max_num_seqs,
                 -(-max_model_len // capacity.block_size),
                 capacity.block_size,
                 comm.device,
+                len(config.windows),
             ),
             Sampler(config.vocab_size, comm.device, grammars),
         )

@@ -31,6 +31,7 @@ class Attention(nn.Module):
         self.head_size = head_size
         self.scale = head_size**-0.5
         self.sliding_window = config.layer_window(layer_idx)
+        self.window_idx = config.window_idx(layer_idx)
         self.local_layer_idx = layer_idx - comm.mapping.pp_layers(config.num_layers).start
         self.qkv = ColumnLinear(
             config.hidden_size,
@@ -88,12 +89,13 @@ class Attention(nn.Module):
             raise ValueError("packed tokens need a paged cache: pass kv_cache_params with key_caches and value_caches")
         key_cache = kv_cache_params.key_caches[self.local_layer_idx]
         value_cache = kv_cache_params.value_caches[self.local_layer_idx]
-        self.ops.store_kv(key, value, key_cache, value_cache, params.slot_mapping)
+        tables = params.cache_tables[self.window_idx]
+        self.ops.store_kv(key, value, key_cache, value_cache, tables.slot_mapping)
         context = self.ops.paged_attention(
             query,
             key_cache,
             value_cache,
-            params.block_tables,
+            tables.block_tables,
             params.query_starts,
             params.sequence_lengths,
             self.scale,

@@ -8,14 +8,26 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class CacheTables:
+    """Where the layers of one window have the keys and values of a step's sequences.
+
+    block_tables int32 [B, blocks]: the cache blocks of each sequence, in order; entries past its end, and those whose
+        tokens the window has left behind, name any.
+    slot_mapping int64 [T]: where each token's key and value go, block * block size + offset.
+    """
+
+    block_tables: Tensor
+    slot_mapping: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionParams:
     """The packed tokens of a step: T tokens in one row, the newest ones of B sequences, each with some already cached.
 
     query_starts int32 [B + 1]: sequence b has the rows query_starts[b] .. query_starts[b + 1].
     sequence_lengths int32 [B]: tokens of each sequence, this step's included.
-    block_tables int32 [B, blocks]: the cache blocks of each sequence, in order; entries past its end name any.
-    slot_mapping int64 [T]: where each token's key and value go, block * block size + offset.
+    cache_tables: one for each of `LLaMAConfig.windows`, nearly always a single one.
     rotary_lengths int64 [T]: the length by which dynamic and longrope choose frequencies: the prompt's, or the token's
         position + 1 where it comes after the prompt. So it does not depend on how the prompt was chunked.
     cos_sin: the rotary angles of the tokens, float32 [T, D / 2] each; the model fills them in, once for all its layers.
@@ -23,8 +35,7 @@ class AttentionParams:
 
     query_starts: Tensor
     sequence_lengths: Tensor
-    block_tables: Tensor
-    slot_mapping: Tensor
+    cache_tables: tuple[CacheTables, ...]
     rotary_lengths: Tensor
     cos_sin: tuple[Tensor, Tensor] | None = None
 

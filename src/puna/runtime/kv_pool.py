@@ -12,37 +12,47 @@ from puna.layers.linear import Segment
 from puna.layers.params import KeyValueCacheParams
 from puna.layers.pieces import torch_dtype
 from puna.runtime.machine import available_host_memory
+from puna.scheduling.step_plan import BlockCopy
 
 
 class KVPool:
     """Keys and values [blocks, K, block size, D] for each layer, in the model's dtype, zero at first.
 
     The heads come before the positions of a block, so that what one head attends to in a block is one run of memory.
-    Raises ValueError for sizes below one.
+    `num_blocks` are those of the layers of each of `config.windows`. Raises ValueError for sizes below one.
     """
 
-    def __init__(self, config: LLaMAConfig, comm: Communicator, num_blocks: int, block_size: int = 16) -> None:
-        if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"num_blocks is {num_blocks} and block_size {block_size}: both must be at least 1")
-        self.num_blocks, self.block_size = num_blocks, block_size
+    def __init__(
+        self, config: LLaMAConfig, comm: Communicator, num_blocks: Sequence[int], block_size: int = 16
+    ) -> None:
+        if len(num_blocks) != len(config.windows) or min(num_blocks) < 1 or block_size < 1:
+            raise ValueError(
+                f"num_blocks is {tuple(num_blocks)} and block_size {block_size}: give a number for each of the windows "
+                f"{config.windows} that the model's layers have, and all of at least 1"
+            )
+        self.block_size = block_size
         kv_heads = Segment("k", config.num_kv_heads, config.head_size).local_units(comm.mapping)
-        shape = (num_blocks, kv_heads, block_size, config.head_size)
         layers = comm.mapping.pp_layers(config.num_layers)
+        self._window_ids = [config.window_idx(layer) for layer in layers]
+        shapes = [(num_blocks[i], kv_heads, block_size, config.head_size) for i in self._window_ids]
         self.key_caches, self.value_caches = (
-            [torch.zeros(shape, dtype=torch_dtype(config.dtype), device=comm.device) for _ in layers] for _ in range(2)
+            [torch.zeros(shape, dtype=torch_dtype(config.dtype), device=comm.device) for shape in shapes]
+            for _ in range(2)
         )
 
     def params(self) -> KeyValueCacheParams:
         """The pool as the model takes it."""
         return KeyValueCacheParams(key_caches=self.key_caches, value_caches=self.value_caches)
 
-    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copies the content of blocks, (from, to) each, in all layers; all are read before any is written."""
-        if not copies:
-            return
-        sources, targets = (list(blocks) for blocks in zip(*copies, strict=True))
-        for cache in (*self.key_caches, *self.value_caches):
-            cache[targets] = cache[sources]
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies the content of blocks in all layers that have them; all are read before any is written."""
+        for window_idx in {copy.window_idx for copy in copies}:
+            sources = [copy.source for copy in copies if copy.window_idx == window_idx]
+            targets = [copy.target for copy in copies if copy.window_idx == window_idx]
+            for caches in (self.key_caches, self.value_caches):
+                for cache, its_window in zip(caches, self._window_ids, strict=True):
+                    if its_window == window_idx:
+                        cache[targets] = cache[sources]
 
 
 def available_memory(device: torch.device) -> int:

@@ -51,7 +51,7 @@ class ModelRunner:
             return self._forward(inputs)
         if bucket not in self._graphs:
             self._graphs[bucket] = EagerStepGraph(self._forward)
-        return self._graphs[bucket].run(inputs)
+        return self._graphs[bucket].run(inputs)[: sum(row.wants_logits for row in plan.rows)]
 
     def _last_token(self, sequence_id: int) -> int:
         return self.sampler.last_tokens([sequence_id])[0]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from puna.layers.params import AttentionParams
+from puna.layers.params import AttentionParams, CacheTables
 from puna.scheduling.block_allocator import DUMMY_BLOCK
 from puna.scheduling.step_plan import PENDING_TOKEN, StepPlan
 
@@ -31,18 +31,25 @@ class StepInputs:
 class StepBuffers:
     """Room for `max_tokens` tokens of `max_rows` sequences with `max_blocks` cache blocks each.
 
+    `num_windows` is how many different windows the model's layers have: each has cache tables of its own.
     On the CPU the tensors that the model sees are the storage itself; on another device the plan is put together in a
     staging copy, which goes over at once. The same addresses serve every step, so a recorded step can be replayed.
     """
 
     def __init__(
-        self, max_tokens: int, max_rows: int, max_blocks: int, block_size: int, device: torch.device | str = "cpu"
+        self,
+        max_tokens: int,
+        max_rows: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+        num_windows: int = 1,
     ) -> None:
         self.max_rows, self.block_size = max_rows, block_size
         self._device = torch.device(device)
-        self._int64 = _Staged((5, max(max_tokens, max_rows)), torch.int64, self._device)
+        self._int64 = _Staged((4 + num_windows, max(max_tokens, max_rows)), torch.int64, self._device)
         self._int32 = _Staged((2, max_rows + 1), torch.int32, self._device)
-        self._tables = _Staged((max_rows, max_blocks), torch.int32, self._device)
+        self._tables = [_Staged((max_rows, max_blocks), torch.int32, self._device) for _ in range(num_windows)]
 
     def fill(
         self, plan: StepPlan, pending_token: Callable[[int], int] = int, num_rows: int | None = None
@@ -50,22 +57,24 @@ class StepBuffers:
         """Copies a plan in. `pending_token` gives the token last chosen for a sequence.
 
         With `num_rows`, rows of one token in the dummy block are added up to that count; all of the plan's must be of
-        one token too. Raises ValueError for an empty plan, and for a row whose blocks have no room for its tokens.
+        one token too. There are as many logits_ids then: those of any rows follow the ones that are wanted. Raises
+        ValueError for an empty plan, and for a row whose blocks have no room for its tokens.
         """
         num_tokens = plan.num_tokens
         if num_tokens == 0:
             raise ValueError("the plan has no tokens: there is nothing to run")
         padding = 0 if num_rows is None else num_rows - len(plan.rows)
-        tokens, positions, slots, rotary, wanted = self._int64.host
+        tokens, positions, rotary, wanted, *slots = self._int64.host
         starts, lengths = self._int32.host
-        tables, widest = self._tables.host, 1
+        tables, widest = [table.host for table in self._tables], 1
         at = num_wanted = 0
         for b, row in enumerate(plan.rows):
             length, count = row.sequence_length, len(row.token_ids)
-            if length > len(row.block_ids) * self.block_size:
+            num_blocks = min(map(len, row.block_ids))
+            if length > num_blocks * self.block_size:
                 raise ValueError(
-                    f"sequence {row.sequence_id} has {length} tokens, but its {len(row.block_ids)} blocks hold "
-                    f"{len(row.block_ids) * self.block_size}"
+                    f"sequence {row.sequence_id} has {length} tokens, but its {num_blocks} blocks hold "
+                    f"{num_blocks * self.block_size}"
                 )
             here = slice(at, at + count)
             tokens[here] = row.token_ids
@@ -73,9 +82,10 @@ class StepBuffers:
                 tokens[at + count - 1] = pending_token(row.sequence_id)
             position = np.arange(row.first_position, length)
             positions[here] = position
-            tables[b, : len(row.block_ids)] = row.block_ids
-            widest = max(widest, len(row.block_ids))
-            slots[here] = tables[b, position // self.block_size] * self.block_size + position % self.block_size
+            widest = max(widest, num_blocks)
+            for table, slot, block_ids in zip(tables, slots, row.block_ids, strict=True):
+                table[b, : len(block_ids)] = block_ids
+                slot[here] = table[b, position // self.block_size] * self.block_size + position % self.block_size
             rotary[here] = np.maximum(position + 1, row.prompt_length)
             starts[b], lengths[b] = at, length
             if row.logprob_targets:
@@ -89,26 +99,32 @@ class StepBuffers:
         if padding > 0:
             ends = slice(at, at + padding)
             tokens[ends] = positions[ends] = 0
-            slots[ends] = DUMMY_BLOCK * self.block_size
             rotary[ends] = lengths[rows : rows + padding] = 1
-            tables[rows : rows + padding, :] = DUMMY_BLOCK
+            for table, slot in zip(tables, slots, strict=True):
+                slot[ends] = DUMMY_BLOCK * self.block_size
+                table[rows : rows + padding, :] = DUMMY_BLOCK
             starts[rows : rows + padding] = np.arange(at, at + padding)
             at, rows = at + padding, rows + padding
         starts[rows] = at
+        if num_rows is not None:
+            wanted[num_wanted:num_rows] = np.arange(num_wanted, num_rows)
+            num_wanted = num_rows
 
-        input_ids, position_ids, slot_mapping, rotary_lengths, _ = self._int64.on_device(at)
-        logits_ids = self._int64.on_device(num_wanted)[4]
+        input_ids, position_ids, rotary_lengths, logits_ids, *slot_mappings = self._int64.on_device(at)
         query_starts, sequence_lengths = self._int32.on_device(rows + 1)
+        # The whole width where rows are padded to a bucket: a recorded step must not change its shapes.
+        block_tables = [table.on_device(table.width if num_rows is not None else widest) for table in self._tables]
         return StepInputs(
             input_ids=input_ids,
             position_ids=position_ids,
-            logits_ids=logits_ids,
+            logits_ids=logits_ids[:num_wanted],
             attention_params=AttentionParams(
                 query_starts=query_starts,
                 sequence_lengths=sequence_lengths[:rows],
-                # The whole width where rows are padded to a bucket: a recorded step must not change its shapes.
-                block_tables=self._tables.on_device(self._tables.width if num_rows is not None else widest)[:rows],
-                slot_mapping=slot_mapping,
+                cache_tables=tuple(
+                    CacheTables(block_table[:rows], slot_mapping)
+                    for block_table, slot_mapping in zip(block_tables, slot_mappings, strict=True)
+                ),
                 rotary_lengths=rotary_lengths,
             ),
         )

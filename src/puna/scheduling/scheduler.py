@@ -21,7 +21,15 @@ from puna.scheduling.block_allocator import DUMMY_BLOCK, BlockAllocator, prefix_
 from puna.scheduling.events import BeamEvent, Event, PromptEvent, SequenceEvent
 from puna.scheduling.group import Group, WaitingQueue
 from puna.scheduling.sequence import FinishReason, Request, Sequence
-from puna.scheduling.step_plan import PENDING_TOKEN, NewSequence, StepPlan, StepResult, StepRow, TokenLogprobs
+from puna.scheduling.step_plan import (
+    PENDING_TOKEN,
+    BlockCopy,
+    NewSequence,
+    StepPlan,
+    StepResult,
+    StepRow,
+    TokenLogprobs,
+)
 
 
 class QueueFullError(ValueError):
@@ -65,7 +73,7 @@ class _Step:
         self.budget = budget
         self.scored_budget = scored_budget
         self.rows: list[StepRow] = []
-        self.copies: list[tuple[int, int]] = []
+        self.copies: list[BlockCopy] = []
         self.groups: set[Group] = set()
         self.preempted = False
 
@@ -313,7 +321,7 @@ class Scheduler:
         for sequence, copies, more in wanted:
             if copies:
                 place, new = sequence.num_computed // size, blocks.pop()
-                step.copies.append((sequence.blocks[place], new))
+                step.copies.append(BlockCopy(0, sequence.blocks[place], new))
                 allocator.release([sequence.blocks[place]])
                 sequence.blocks[place] = new
             sequence.blocks += [blocks.pop() for _ in range(more)]

@@ -77,17 +77,17 @@ class Sequence:
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []
         self.finish_reason: FinishReason | None = None
-        self._block_tuple: tuple[int, ...] | None = None
+        self._block_tuple: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids) + self.num_pending
 
     @property
-    def block_ids(self) -> tuple[int, ...]:
+    def block_ids(self) -> tuple[tuple[int, ...], ...]:
         """The blocks, as a plan keeps them; made anew only when they have changed."""
         if self._block_tuple is None:
-            self._block_tuple = tuple(self.blocks)
+            self._block_tuple = (tuple(self.blocks),)
         return self._block_tuple
 
     def blocks_changed(self) -> None:

@@ -11,11 +11,20 @@ from puna.scheduling.sampling_params import SamplingParams
 PENDING_TOKEN: Final = -1
 
 
+class BlockCopy(NamedTuple):
+    """The content of a block goes into another one, in the layers of one of `LLaMAConfig.windows`."""
+
+    window_idx: int
+    source: int
+    target: int
+
+
 class StepRow(NamedTuple):
     """The newest tokens of one sequence: a chunk of its prompt, or the one token that was chosen last.
 
-    `first_position` is the position of the first of `token_ids`; everything before it is in the cache. `block_ids` are
-    the cache blocks of the whole sequence, in order, with room for these tokens. `prompt_length` is the prompt's.
+    `first_position` is the position of the first of `token_ids`; everything before it is in the cache. `block_ids` are,
+    for each of `LLaMAConfig.windows`, the cache blocks of the whole sequence, in order, with room for these tokens; the
+    dummy block where a window has left all of a block's tokens behind. `prompt_length` is the prompt's.
     `sampled_ids`: the sequences that get a next token from the last row's logits: none within a prompt, several where
     one prompt is continued several times. `num_candidates`: with beams, that many likeliest tokens are wanted instead.
     `logprob_targets`: where the prompt's log-probabilities are wanted, the prompt's tokens that these ones predict.
@@ -24,7 +33,7 @@ class StepRow(NamedTuple):
     sequence_id: int
     first_position: int
     token_ids: tuple[int, ...]
-    block_ids: tuple[int, ...]
+    block_ids: tuple[tuple[int, ...], ...]
     prompt_length: int
     sampled_ids: tuple[int, ...] = ()
     num_candidates: int = 0
@@ -60,12 +69,12 @@ class NewSequence:
 class StepPlan:
     """The rows of a step. Chunks of prompts and single tokens mix freely; there is no phase.
 
-    `copies`: (from, to) blocks that are copied before the rows run. `new_sequences` come with the first step that
-    samples for them; `ended_sequences` will not be seen again. A plan without rows only says what has ended.
+    `copies` are done before the rows run. `new_sequences` come with the first step that samples for them;
+    `ended_sequences` will not be seen again. A plan without rows only says what has ended.
     """
 
     rows: tuple[StepRow, ...]
-    copies: tuple[tuple[int, int], ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
     new_sequences: tuple[NewSequence, ...] = ()
     ended_sequences: tuple[int, ...] = ()
 
