@@ -1,14 +1,186 @@
 // Norm, sums, gated activations, rotary embedding: everything that goes over tokens once.
+//
+// Roundings are those of puna.ops.reference, so that a bfloat16 or float16 model gives what torch gives: an operation of
+// torch computes in float32 and rounds its result to the dtype. `rounded` stands where one torch operation ends inside of
+// a kernel. The activation alone is not rounded before its product, as it is not in the epilogue of linear layers.
 #pragma once
 
 #include "../vec.h"
+#include "activation.h"
 #include "args.h"
 
 namespace puna::PUNA_LEVEL {
 
-inline void rms_norm(const RmsNormArgs&, Worker&) {}
-inline void add(const AddArgs&, Worker&) {}
-inline void gated_activation(const GatedActivationArgs&, Worker&) {}
-inline void rotary(const RotaryArgs&, Worker&) {}
+// Work below this stays on one thread: 2 KB go through a core in about 50 ns, which is what a thread that waits for
+// nothing but another core's cache line waits.
+constexpr std::int64_t kLeastBytes = 2048;
+
+PUNA_INLINE constexpr std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// How many items of `bytes` each are enough for a thread.
+PUNA_INLINE constexpr std::int64_t grain_of(std::int64_t bytes) {
+  return bytes < kLeastBytes ? (kLeastBytes + bytes - 1) / bytes : 1;
+}
+
+PUNA_INLINE int lanes_left(std::int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
+
+// Calls `function.run<dtype>()` for the dtype at hand: the loops inside then know it.
+#define PUNA_FOR_DTYPE(dtype, call)                                          \
+  switch (dtype) {                                                           \
+    case Dtype::f32: { constexpr Dtype kDtype = Dtype::f32; call; break; }   \
+    case Dtype::bf16: { constexpr Dtype kDtype = Dtype::bf16; call; break; } \
+    case Dtype::f16: { constexpr Dtype kDtype = Dtype::f16; call; break; }   \
+    case Dtype::i8: break;                                                   \
+  }
+
+// One row of a norm: x and, or null, what is added to it.
+struct NormRow {
+  const void* x;
+  std::int64_t x_at;  // of the row's first element
+  const void* residual;
+  std::int64_t at;  // of the row in the tensors of contiguous rows
+};
+
+template <Dtype dtype>
+PUNA_INLINE F norm_input(const NormRow& row, std::int64_t column, int lanes) {
+  const F x = load_as_n(row.x, row.x_at + column, dtype, lanes);
+  if (row.residual == nullptr) return x;
+  return rounded(x + load_as_n(row.residual, row.at + column, dtype, lanes), dtype);
+}
+
+// 1 / sqrt(mean(x^2) + epsilon). The order of the sum depends on the size alone: vector i goes to sum i % 4.
+template <Dtype dtype>
+inline F norm_scale(const NormRow& row, std::int64_t size, float epsilon) {
+  F sums[4] = {zero(), zero(), zero(), zero()};
+  std::int64_t column = 0;
+  for (; column + 4 * kLanes <= size; column += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const F x = norm_input<dtype>(row, column + i * kLanes, kLanes);
+      sums[i] = fma(x, x, sums[i]);
+    }
+  }
+  for (int i = 0; column < size; ++i, column += kLanes) {
+    const F x = norm_input<dtype>(row, column, lanes_left(size - column));
+    sums[i] = fma(x, x, sums[i]);
+  }
+  const F mean = broadcast(sum((sums[0] + sums[1]) + (sums[2] + sums[3]))) / broadcast(static_cast<float>(size));
+  return broadcast(1.0f) / sqrt(mean + broadcast(epsilon));
+}
+
+template <Dtype dtype>
+inline void norm_columns(const RmsNormArgs& args, const NormRow& row, F scale, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t column = begin; column < end; column += kLanes) {
+    const int lanes = lanes_left(end - column);
+    const F x = norm_input<dtype>(row, column, lanes);
+    const F weight = load_as_n(args.weight, column, dtype, lanes);
+    if (args.sum != nullptr) store_as_n(args.sum, row.at + column, x, dtype, lanes);
+    store_as_n(args.y, row.at + column, rounded(x * scale, dtype) * weight, dtype, lanes);
+  }
+}
+
+template <Dtype dtype>
+inline void rms_norm_of(const RmsNormArgs& args, Worker& worker) {
+  const std::int64_t rows = args.outer * args.inner, row_bytes = args.size * bytes_of(dtype);
+  const auto row_at = [&](std::int64_t row) {
+    const std::int64_t outer = row / args.inner, inner = row % args.inner;
+    return NormRow{args.x, outer * args.x_outer_stride + inner * args.x_inner_stride, args.residual, row * args.size};
+  };
+  // Few rows: several threads share one. Each needs the sum over the whole row, which it computes for itself: an exchange
+  // would cost a barrier, and reading is the smaller half of the work.
+  std::int64_t pieces = rows > 0 ? worker.count / rows : 1;
+  if (pieces > row_bytes / kLeastBytes) pieces = row_bytes / kLeastBytes;
+  if (pieces <= 1) {
+    const Worker::Range range = worker.share(rows, grain_of(row_bytes));
+    for (std::int64_t row = range.begin; row < range.end; ++row) {
+      const NormRow input = row_at(row);
+      norm_columns<dtype>(args, input, norm_scale<dtype>(input, args.size, args.epsilon), 0, args.size);
+    }
+    return;
+  }
+  const bool works = worker.index < rows * pieces;  // one piece each
+  const std::int64_t row = worker.index / pieces, piece = worker.index % pieces;
+  const NormRow input = row_at(works ? row : 0);
+  F scale = zero();
+  if (works) scale = norm_scale<dtype>(input, args.size, args.epsilon);
+  // The sum or the result may be written over an input, of which the other threads must have seen all.
+  const void* outputs[2] = {args.sum, args.y};
+  bool in_place = false;
+  for (const void* output : outputs) in_place = in_place || output == args.x || output == args.residual;
+  if (in_place) worker.barrier();
+  if (!works) return;
+  const std::int64_t vectors = (args.size + kLanes - 1) / kLanes;
+  const std::int64_t begin = vectors * piece / pieces * kLanes, end = vectors * (piece + 1) / pieces * kLanes;
+  norm_columns<dtype>(args, input, scale, begin, end < args.size ? end : args.size);
+}
+
+inline void rms_norm(const RmsNormArgs& args, Worker& worker) {
+  PUNA_FOR_DTYPE(args.dtype, rms_norm_of<kDtype>(args, worker));
+}
+
+template <Dtype dtype>
+inline void add_of(const AddArgs& args, Worker& worker) {
+  const Worker::Range range = worker.share(args.count, kLeastBytes / bytes_of(dtype));
+  for (std::int64_t i = range.begin; i < range.end; i += kLanes) {
+    const int lanes = lanes_left(range.end - i);
+    store_as_n(args.y, i, load_as_n(args.a, i, dtype, lanes) + load_as_n(args.b, i, dtype, lanes), dtype, lanes);
+  }
+}
+
+inline void add(const AddArgs& args, Worker& worker) { PUNA_FOR_DTYPE(args.dtype, add_of<kDtype>(args, worker)); }
+
+template <Dtype dtype, Activation activation>
+inline void gated_activation_of(const GatedActivationArgs& args, Worker& worker) {
+  // Parts of rows are shared, so that one long row is work for all threads.
+  constexpr std::int64_t kPart = kLeastBytes / bytes_of(dtype);
+  const std::int64_t parts = (args.size + kPart - 1) / kPart;
+  const Worker::Range range = worker.share(args.rows * parts, grain_of(args.size * bytes_of(dtype)));
+  for (std::int64_t unit = range.begin; unit < range.end; ++unit) {
+    const std::int64_t row = unit / parts, begin = unit % parts * kPart;
+    const std::int64_t end = begin + kPart < args.size ? begin + kPart : args.size;
+    const std::int64_t gates = 2 * row * args.size, ups = gates + args.size;
+    for (std::int64_t i = begin; i < end; i += kLanes) {
+      const int lanes = lanes_left(end - i);
+      const F gate = load_as_n(args.gate_up, gates + i, dtype, lanes), up = load_as_n(args.gate_up, ups + i, dtype, lanes);
+      store_as_n(args.y, row * args.size + i, activate(gate, activation) * up, dtype, lanes);
+    }
+  }
+}
+
+inline void gated_activation(const GatedActivationArgs& args, Worker& worker) {
+#define PUNA_GATED(name) PUNA_FOR_DTYPE(args.dtype, (gated_activation_of<kDtype, Activation::name>(args, worker)))
+  switch (args.activation) {
+    case Activation::silu: PUNA_GATED(silu); break;
+    case Activation::gelu: PUNA_GATED(gelu); break;
+    case Activation::gelu_tanh: PUNA_GATED(gelu_tanh); break;
+    case Activation::relu: PUNA_GATED(relu); break;
+    case Activation::none: PUNA_GATED(none); break;
+  }
+#undef PUNA_GATED
+}
+
+template <Dtype dtype>
+inline void rotary_of(const RotaryArgs& args, Worker& worker) {
+  const std::int64_t half = args.head_size / 2;
+  const Worker::Range range = worker.share(args.tokens * args.heads, grain_of(args.head_size * bytes_of(dtype)));
+  for (std::int64_t unit = range.begin; unit < range.end; ++unit) {
+    const std::int64_t token = unit / args.heads, head = unit % args.heads;
+    const std::int64_t from = token * args.x_stride + head * args.head_size, to = unit * args.head_size;
+    for (std::int64_t i = 0; i < half; i += kLanes) {
+      const int lanes = lanes_left(half - i);
+      const F cos = rounded(load_n(args.cos + token * args.angle_stride + i, lanes), dtype);
+      const F sin = rounded(load_n(args.sin + token * args.angle_stride + i, lanes), dtype);
+      const F first = load_as_n(args.x, from + i, dtype, lanes), second = load_as_n(args.x, from + half + i, dtype, lanes);
+      const F turned_first = rounded(first * cos, dtype) - rounded(second * sin, dtype);
+      const F turned_second = rounded(second * cos, dtype) + rounded(first * sin, dtype);
+      store_as_n(args.y, to + i, turned_first, dtype, lanes);
+      store_as_n(args.y, to + half + i, turned_second, dtype, lanes);
+    }
+  }
+}
+
+inline void rotary(const RotaryArgs& args, Worker& worker) { PUNA_FOR_DTYPE(args.dtype, rotary_of<kDtype>(args, worker)); }
+
+#undef PUNA_FOR_DTYPE
 
 }  // namespace puna::PUNA_LEVEL
