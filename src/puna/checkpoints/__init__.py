@@ -11,11 +11,15 @@ from puna.checkpoints.meta import MetaCheckpoint
 from puna.checkpoints.writer import write_checkpoint
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     """Finds the checkpoint (see `resolve_path`), and reads its config and its tensors' names and shapes, no values.
+
+    One that is open already is returned as it is.
 
     Raises FileNotFoundError where there is none, and ValueError for one that is damaged, pickled or of an unknown kind.
     """
+    if isinstance(path, Checkpoint):
+        return path
     folder = resolve_path(path)
     if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
         return MetaCheckpoint(folder)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from puna.checkpoints import open_checkpoint
+from puna.checkpoints import Checkpoint, open_checkpoint
 from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
 from puna.distributed import NullCommunicator
 from puna.engine.executor import Executor, LocalExecutor
@@ -84,7 +84,7 @@ class Engine:
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | Checkpoint,
         dtype: str | torch.dtype | None = None,
         device: torch.device | str = "cpu",
         engine_config: EngineConfig | None = None,
@@ -93,7 +93,8 @@ class Engine:
     ) -> Engine:
         """Loads a checkpoint (see `puna.load_model`) and starts an engine on it.
 
-        `tokenizer` is the checkpoint's own, of a caller that has read it already: large ones take a while.
+        `tokenizer` is the checkpoint's own, of a caller that has read it already: large ones take a while. One without
+        files, such as `random_checkpoint`'s, has none: there it must be given.
         Raises ValueError, before any weight is read, where model and cache do not fit into memory.
         """
         engine_config = EngineConfig() if engine_config is None else engine_config
@@ -116,7 +117,7 @@ class Engine:
         memory = plan_memory(
             config, comm.mapping, capacity, available_memory(comm.device), engine_config.kv_cache_memory
         )
-        network = load_model(checkpoint.folder, config.dtype, comm=comm)
+        network = load_model(checkpoint, config.dtype, comm=comm)
         windows = [config.layer_window(layer) for layer in range(config.num_layers)]
         limits = SchedulerLimits(
             max_num_seqs=capacity.max_num_seqs,

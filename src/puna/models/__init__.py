@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 
-from puna.checkpoints import open_checkpoint
+from puna.checkpoints import Checkpoint, open_checkpoint
 from puna.config import read_architecture
 from puna.distributed import Communicator
 from puna.mapping import Mapping
@@ -26,13 +26,14 @@ MODELS: ReadOnlyDict[str, type[LLaMAForCausalLM]] = MappingProxyType({model.arch
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     dtype: str | torch.dtype | None = None,
     device: torch.device | str = "cpu",
     mapping: Mapping | None = None,
     comm: Communicator | None = None,
 ) -> LLaMAForCausalLM:
-    """Loads a checkpoint: a folder, or the id of one on the Hugging Face hub, or "demo" for the model in the package.
+    """Loads a checkpoint: a folder, or the id of one on the Hugging Face hub, or "demo" for the model in the package,
+    or one that is open.
 
     `dtype` is float32, bfloat16 or float16, as a name or as torch's own; None means the checkpoint's. With a
     `mapping` of several ranks, this rank's slice alone is read, and torch.distributed must be initialised; `comm`
