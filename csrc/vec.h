@@ -17,7 +17,13 @@
 #endif
 
 #if defined(PUNA_AVX512) || defined(PUNA_AVX2)
+// GCC 12 warns of its own intrinsics, which leave registers undefined on purpose (its bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpragmas"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define PUNA_INLINE inline __attribute__((always_inline))
@@ -39,6 +45,41 @@ PUNA_INLINE std::uint16_t float_to_bf16(float value) {
   std::memcpy(&bits, &value, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
   return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+PUNA_INLINE float f16_to_float(std::uint16_t half) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
+  const std::uint32_t exponent = (half >> 10) & 31u, mantissa = half & 0x3ffu;
+  std::uint32_t bits;
+  float value;
+  if (exponent == 0) {  // zero or denormal: mantissa * 2^-24, exactly
+    value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &value, 4);
+    bits |= sign;
+  } else {
+    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    // A signalling NaN becomes a quiet one, as the processors' conversion has it.
+    if (exponent == 31 && mantissa != 0) bits |= 0x400000u;
+  }
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+PUNA_INLINE std::uint16_t float_to_f16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  std::uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000u) {  // below 2^-14: in steps of 2^-24, which adding 0.5 to the number rounds to
+    float shifted;
+    std::memcpy(&shifted, &magnitude, 4);
+    shifted += 0.5f;
+    std::memcpy(&magnitude, &shifted, 4);
+    return static_cast<std::uint16_t>(sign | (magnitude - 0x3f000000u));
+  }
+  magnitude += 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u) >> 13));
 }
 
 #if defined(PUNA_AVX512)
@@ -76,14 +117,24 @@ PUNA_INLINE void store_f16(std::uint16_t* p, F a) {
 PUNA_INLINE F load_bf16(const std::uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
 }
-PUNA_INLINE void store_bf16(std::uint16_t* p, F a) {
+// The bfloat16 in the high half of each lane; the low half is anything.
+PUNA_INLINE __m512i to_bf16(__m512 a) {
   // Not vcvtneps2bf16, which takes denormal numbers for zero: all levels must round alike.
-  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+}
+PUNA_INLINE void store_bf16(std::uint16_t* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(to_bf16(a.v), 16)));
+}
+// Each lane rounded to the narrower type, and float32 again.
+PUNA_INLINE F round_bf16(F a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(to_bf16(a.v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+PUNA_INLINE F round_f16(F a) {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
 }
 
 PUNA_INLINE I broadcast_int(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
@@ -164,18 +215,28 @@ PUNA_INLINE void store_f16(std::uint16_t* p, F x) {
 }
 PUNA_INLINE __m256 widen_bf16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 PUNA_INLINE F load_bf16(const std::uint16_t* p) { return {widen_bf16(half(p)), widen_bf16(half(p + 8))}; }
-PUNA_INLINE __m128i narrow_bf16(__m256 x) {
+PUNA_INLINE __m256i to_bf16(__m256 x) {  // the bfloat16 in the high half of each lane; the low half is anything
   const __m256i bits = _mm256_castps_si256(x);
-  const __m256i high = _mm256_srli_epi32(bits, 16);
-  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
-  return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  return _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+}
+PUNA_INLINE __m128i narrow_bf16(__m256 x) {
+  const __m256i high = _mm256_srli_epi32(to_bf16(x), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 PUNA_INLINE void store_bf16(std::uint16_t* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(x.a));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), narrow_bf16(x.b));
+}
+PUNA_INLINE F round_bf16(F x) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(to_bf16(x.a), high)), _mm256_castsi256_ps(_mm256_and_si256(to_bf16(x.b), high))};
+}
+PUNA_INLINE F round_f16(F x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.a, mode)), _mm256_cvtph_ps(_mm256_cvtps_ph(x.b, mode))};
 }
 
 PUNA_INLINE I broadcast_int(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
@@ -277,44 +338,12 @@ PUNA_INLINE F load_n(const float* p, int n) { F r = zero(); for (int i = 0; i < 
 PUNA_INLINE void store_n(float* p, F a, int n) { for (int i = 0; i < n; ++i) p[i] = a.v[i]; }
 PUNA_INLINE F first_n(F a, F b, int n) { F r; PUNA_EACH_LANE r.v[i] = i < n ? a.v[i] : b.v[i]; return r; }
 
-PUNA_INLINE float f16_to_float(std::uint16_t half) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-  const std::uint32_t exponent = (half >> 10) & 31u, mantissa = half & 0x3ffu;
-  std::uint32_t bits;
-  float value;
-  if (exponent == 0) {  // zero or denormal: mantissa * 2^-24, exactly
-    value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
-  } else {
-    bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-    // A signalling NaN becomes a quiet one, as the processors' conversion has it.
-    if (exponent == 31 && mantissa != 0) bits |= 0x400000u;
-  }
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-PUNA_INLINE std::uint16_t float_to_f16(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const std::uint32_t sign = (bits >> 16) & 0x8000u;
-  std::uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
-  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
-  if (magnitude < 0x38800000u) {  // below 2^-14: in steps of 2^-24, which adding 0.5 to the number rounds to
-    float shifted;
-    std::memcpy(&shifted, &magnitude, 4);
-    shifted += 0.5f;
-    std::memcpy(&magnitude, &shifted, 4);
-    return static_cast<std::uint16_t>(sign | (magnitude - 0x3f000000u));
-  }
-  magnitude += 0xfffu + ((magnitude >> 13) & 1u);
-  return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u) >> 13));
-}
 PUNA_INLINE F load_f16(const std::uint16_t* p) { F r; PUNA_EACH_LANE r.v[i] = f16_to_float(p[i]); return r; }
 PUNA_INLINE void store_f16(std::uint16_t* p, F a) { PUNA_EACH_LANE p[i] = float_to_f16(a.v[i]); }
 PUNA_INLINE F load_bf16(const std::uint16_t* p) { F r; PUNA_EACH_LANE r.v[i] = bf16_to_float(p[i]); return r; }
 PUNA_INLINE void store_bf16(std::uint16_t* p, F a) { PUNA_EACH_LANE p[i] = float_to_bf16(a.v[i]); }
+PUNA_INLINE F round_bf16(F a) { F r; PUNA_EACH_LANE r.v[i] = bf16_to_float(float_to_bf16(a.v[i])); return r; }
+PUNA_INLINE F round_f16(F a) { F r; PUNA_EACH_LANE r.v[i] = f16_to_float(float_to_f16(a.v[i])); return r; }
 
 PUNA_INLINE I broadcast_int(std::int32_t a) { I r; PUNA_EACH_LANE r.v[i] = a; return r; }
 PUNA_INLINE I load_int(const std::int32_t* p) { I r; std::memcpy(r.v, p, sizeof r.v); return r; }
@@ -414,6 +443,10 @@ PUNA_INLINE F load_as_n(const void* base, std::int64_t i, Dtype dtype, int n) {
   std::uint16_t buffer[kLanes] = {};
   std::memcpy(buffer, static_cast<const std::uint16_t*>(base) + i, 2 * static_cast<std::size_t>(n));
   return dtype == Dtype::bf16 ? load_bf16(buffer) : load_f16(buffer);
+}
+// x as it would be read again after a store_as.
+PUNA_INLINE F rounded(F x, Dtype dtype) {
+  return dtype == Dtype::f32 ? x : dtype == Dtype::bf16 ? round_bf16(x) : round_f16(x);
 }
 PUNA_INLINE void store_as_n(void* base, std::int64_t i, F x, Dtype dtype, int n) {
   if (n == kLanes) return store_as(base, i, x, dtype);

@@ -19,12 +19,12 @@ PUNA_INLINE constexpr std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype
 
 // How many items of `bytes` each are enough for a thread.
 PUNA_INLINE constexpr std::int64_t grain_of(std::int64_t bytes) {
-  return bytes < kLeastBytes ? (kLeastBytes + bytes - 1) / bytes : 1;
+  return bytes < 1 ? kLeastBytes : bytes < kLeastBytes ? (kLeastBytes + bytes - 1) / bytes : 1;
 }
 
 PUNA_INLINE int lanes_left(std::int64_t left) { return left < kLanes ? static_cast<int>(left) : kLanes; }
 
-// Calls `function.run<dtype>()` for the dtype at hand: the loops inside then know it.
+// Runs `call` with kDtype for the dtype at hand, so that the loops inside are compiled for it.
 #define PUNA_FOR_DTYPE(dtype, call)                                          \
   switch (dtype) {                                                           \
     case Dtype::f32: { constexpr Dtype kDtype = Dtype::f32; call; break; }   \
@@ -104,10 +104,8 @@ inline void rms_norm_of(const RmsNormArgs& args, Worker& worker) {
   F scale = zero();
   if (works) scale = norm_scale<dtype>(input, args.size, args.epsilon);
   // The sum or the result may be written over an input, of which the other threads must have seen all.
-  const void* outputs[2] = {args.sum, args.y};
-  bool in_place = false;
-  for (const void* output : outputs) in_place = in_place || output == args.x || output == args.residual;
-  if (in_place) worker.barrier();
+  const bool sum_in_place = args.sum != nullptr && (args.sum == args.x || args.sum == args.residual);
+  if (sum_in_place || args.y == args.x || args.y == args.residual) worker.barrier();
   if (!works) return;
   const std::int64_t vectors = (args.size + kLanes - 1) / kLanes;
   const std::int64_t begin = vectors * piece / pieces * kLanes, end = vectors * (piece + 1) / pieces * kLanes;
@@ -129,7 +127,7 @@ inline void add_of(const AddArgs& args, Worker& worker) {
 
 inline void add(const AddArgs& args, Worker& worker) { PUNA_FOR_DTYPE(args.dtype, add_of<kDtype>(args, worker)); }
 
-template <Dtype dtype, Activation activation>
+template <Dtype dtype>
 inline void gated_activation_of(const GatedActivationArgs& args, Worker& worker) {
   // Parts of rows are shared, so that one long row is work for all threads.
   constexpr std::int64_t kPart = kLeastBytes / bytes_of(dtype);
@@ -142,21 +140,13 @@ inline void gated_activation_of(const GatedActivationArgs& args, Worker& worker)
     for (std::int64_t i = begin; i < end; i += kLanes) {
       const int lanes = lanes_left(end - i);
       const F gate = load_as_n(args.gate_up, gates + i, dtype, lanes), up = load_as_n(args.gate_up, ups + i, dtype, lanes);
-      store_as_n(args.y, row * args.size + i, activate(gate, activation) * up, dtype, lanes);
+      store_as_n(args.y, row * args.size + i, activate(gate, args.activation) * up, dtype, lanes);
     }
   }
 }
 
 inline void gated_activation(const GatedActivationArgs& args, Worker& worker) {
-#define PUNA_GATED(name) PUNA_FOR_DTYPE(args.dtype, (gated_activation_of<kDtype, Activation::name>(args, worker)))
-  switch (args.activation) {
-    case Activation::silu: PUNA_GATED(silu); break;
-    case Activation::gelu: PUNA_GATED(gelu); break;
-    case Activation::gelu_tanh: PUNA_GATED(gelu_tanh); break;
-    case Activation::relu: PUNA_GATED(relu); break;
-    case Activation::none: PUNA_GATED(none); break;
-  }
-#undef PUNA_GATED
+  PUNA_FOR_DTYPE(args.dtype, gated_activation_of<kDtype>(args, worker));
 }
 
 template <Dtype dtype>
