@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from puna.checkpoints.base import Checkpoint
+from puna.checkpoints.gguf import GGUFCheckpoint
 from puna.checkpoints.hub import resolve_path
 from puna.checkpoints.hugging_face import HuggingFaceCheckpoint
 from puna.checkpoints.meta import MetaCheckpoint
@@ -21,6 +22,8 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     if isinstance(path, Checkpoint):
         return path
     folder = resolve_path(path)
+    if folder.is_file():
+        return GGUFCheckpoint(folder)
     if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
         return MetaCheckpoint(folder)
     return HuggingFaceCheckpoint(folder)

@@ -10,10 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from puna.config import GenerationConfig
+from puna.quantization.groups import GroupQuantized
 
 
 class Checkpoint(ABC):
-    """A model's files. Opening one reads no tensor values; `read` reads one tensor, or a part of it."""
+    """A model's files. Opening one reads no tensor values; `read` reads one tensor, or a part of it.
+
+    `folder` holds the files, those of the tokenizer too; a GGUF file, which has everything in it, stands for its own.
+    """
 
     folder: Path
 
@@ -50,4 +54,13 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def read(self, name: str, source: tuple[slice, ...]) -> Tensor:
-        """The slices `source` (one an axis, with both ends) of a tensor, on the CPU, in the stored dtype."""
+        """The slices `source` (one an axis, with both ends) of a tensor, on the CPU, in the stored dtype; in float32
+        where `is_quantized`."""
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored as codes with scales, which `dtype` then names the format of."""
+        return False
+
+    def read_groups(self, name: str, source: tuple[slice, ...]) -> GroupQuantized | None:
+        """The same slices of a matrix as it is stored quantised; None where it is not, or where they cut a group."""
+        return None

@@ -1,4 +1,4 @@
-"""From what a user calls a model (a folder, a hub id, "demo") to a folder on this machine."""
+"""From what a user calls a model (a folder, a GGUF file, a hub id, "demo") to a path on this machine."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ _SMALL_FILES = (
     "chat_template.json",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+_HUB_FILE = re.compile(rf"({_HUB_ID.pattern}):([\w.-][\w./-]*\.gguf)")
 
 
 def resolve_path(path: str | Path) -> Path:
     """The folder of a model: the path itself, the demo model's, or that of a hub id, downloaded first if needed.
 
-    Raises FileNotFoundError where it is none of these or can't be downloaded, and ValueError for a file, and for a hub
-    model that has no safetensors weights.
+    Or the path of a GGUF file: itself, the only one in a folder without config.json, or a hub's "owner/name:file.gguf".
+
+    Raises FileNotFoundError where it is none of these or can't be downloaded, and ValueError for another file, and for
+    a hub model that has no safetensors weights.
     """
     try:
         folder = Path(path).expanduser()
@@ -41,16 +45,35 @@ def resolve_path(path: str | Path) -> Path:
         if str(path) == "demo" and not is_model:
             return Path(__file__).parent.parent / "demo"
         if folder.is_dir():
-            return folder
+            return folder if is_model else _only_gguf(folder)
         is_file = folder.is_file()
     except (OSError, RuntimeError) as error:  # a name that is too long, or "~name" of nobody here
         reason = error.strerror if isinstance(error, OSError) else error
         raise FileNotFoundError(f"{str(path)[:100]} is not a folder ({reason})") from error
+    if is_file and folder.suffix == ".gguf":
+        return folder
     if is_file:
         raise ValueError(f"{path} is a file: give the folder that it is in, which also holds config.json")
+    if named := _HUB_FILE.fullmatch(str(path)):
+        return _download_gguf(named[1], named[2])
     if not _HUB_ID.fullmatch(str(path)):
         raise FileNotFoundError(f"{path} is not a folder, nor the id of a model on the Hugging Face hub (owner/name)")
     return _download(str(path))
+
+
+def _only_gguf(folder: Path) -> Path:
+    """The one model among a folder's GGUF files, the first of its parts if it has several; else the folder itself."""
+    files = [file for file in folder.glob("*.gguf") if not _LATER_PART.search(file.name)]
+    return files[0] if len(files) == 1 else folder
+
+
+def _download_gguf(hub_id: str, file: str) -> Path:
+    """Fetches one GGUF file, and the other parts of a split one."""
+    parts = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-?????-of-\1", file)
+    path = _snapshot(hub_id, (parts,)) / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{hub_id} on the hub has no file {file}: look at its list of files")
+    return path
 
 
 def _download(hub_id: str) -> Path:
@@ -69,7 +92,8 @@ def _download(hub_id: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{hub_id} has no weights in safetensors files on the hub, and puna reads no pickles (.bin, .pth): convert "
-            "them with transformers (model.save_pretrained), or choose another copy of the model"
+            "them with transformers (model.save_pretrained), choose another copy of the model, or name its GGUF file "
+            f"({hub_id}:FILE.gguf)"
         )
     return folder
 

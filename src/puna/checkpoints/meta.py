@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from puna.checkpoints.base import Checkpoint
+from puna.checkpoints.rotary_order import rows_of_halves
 from puna.checkpoints.safetensors_files import SafetensorsFiles
 from puna.config import FieldReader, GenerationConfig, read_json_object
 
@@ -86,7 +87,7 @@ class MetaCheckpoint(Checkpoint):
             return self._read_stored(name, source)
         rows = self.shape(name)[0]
         whole = self._read_stored(name, (slice(0, rows), source[1]))
-        return whole[_rows_of_halves(rows, self._fields["head_dim"])[source[0]]]
+        return whole[rows_of_halves(rows, self._fields["head_dim"])[source[0]]]
 
     def _read_stored(self, name: str, source: tuple[slice, ...]) -> Tensor:
         """The slices of a tensor, with its rows as they are stored, put together from the shards one by one."""
@@ -224,12 +225,6 @@ def _context_length(params: FieldReader) -> int:
     return by_rope_theta.get(
         params.positive("rope_theta", 10000.0), 2048
     )  # LLaMA 1; the same params in Llama 2 mean 4096
-
-
-def _rows_of_halves(rows: int, head_size: int) -> Tensor:
-    """For each row of a q or k projection in Hugging Face's order, the row that it is stored in: i of a head is in 2i,
-    and D / 2 + i in 2i + 1."""
-    return torch.arange(rows).view(-1, head_size // 2, 2).transpose(1, 2).flatten()
 
 
 def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

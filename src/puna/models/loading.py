@@ -153,7 +153,7 @@ def check_tensors(checkpoint: Checkpoint, pieces: ReadOnlyDict[str, Piece], conf
                 f"{checkpoint.source}: {name} has the shape {stored}, but {checkpoint.config_source} asks for {wanted}"
                 ": the two belong to different models"
             )
-        if checkpoint.dtype(name) not in get_args(Dtype):
+        if checkpoint.dtype(name) not in get_args(Dtype) and not checkpoint.is_quantized(name):
             raise ValueError(
                 f"{checkpoint.source}: {name} is stored as {checkpoint.dtype(name)}, and puna reads "
                 f"{', '.join(get_args(Dtype))}: convert the model, or choose another copy of it"
