@@ -204,7 +204,7 @@ def test_gated_activation(kernels: ModuleType, level: str, dtype: torch.dtype, a
         exact = exact_activation(gate, activation) * up
         # The product is rounded once: half a step, and what the float32 activation is off by, which grows with gate^2
         # where gelu is nearly zero.
-        for shown, steps in ((gate.abs() < 3, 8), (exact.abs() > 1e-8, 50)):
+        for shown, steps in ((gate.abs() < 1, 8), (exact.abs() > 1e-8, 50)):
             assert ulps(y[shown], exact[shown]) <= (steps if dtype == torch.float32 else 0.51)
         # The reference rounds the activation, too, which in a half type is up to a step away from this; its own gelu
         # has few digits where it is nearly zero.
