@@ -200,7 +200,7 @@ class SentencePieceStream(PieceStream):
         return text
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The printable stand-in of each byte in byte-level BPE (GPT-2): itself if printable, else from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -276,7 +276,7 @@ def _flatten(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def _byte_level_factory(
     id_to_token: Callable[[int], str | None],
 ) -> Callable[[Callable[[int], bool]], DecodeStream]:
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     bytes_of: dict[int, bytes] = {}
 
     def read_bytes(token_id: int) -> bytes:

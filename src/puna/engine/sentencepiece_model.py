@@ -210,7 +210,7 @@ class _Normalizer:
                 byte_position += match[1]
 
 
-class _BpeSegmenter:
+class BpeSegmenter:
     """Merges the neighbours whose joined piece scores highest, the leftmost first among equals."""
 
     def __init__(self, pieces: list[Piece]) -> None:
@@ -359,7 +359,7 @@ class SentencePieceModel:
         pattern = re.compile("|".join(map(re.escape, longest_first))) if user_defined else None
         self._normalizer = _Normalizer(self.normalizer_spec, pattern)
         is_bpe = trainer.get(3, 1) == 2
-        self._segmenter = _BpeSegmenter(self.pieces) if is_bpe else _UnigramSegmenter(self.pieces)
+        self._segmenter = BpeSegmenter(self.pieces) if is_bpe else _UnigramSegmenter(self.pieces)
         # BPE never merges into or out of a user-defined symbol; Unigram only gives it a score.
         self._frozen = pattern if is_bpe else None
         self._frozen_ids = user_defined

@@ -1,4 +1,4 @@
-"""Tokenizer: a checkpoint folder's tokenizer files, text to ids and back, and prompts from chat messages."""
+"""Tokenizer: a checkpoint's tokenizer, text to ids and back, and prompts from chat messages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tokenizers
 
 from puna.engine.chat_template import ChatTemplate
 from puna.engine.detokenizer import DecodeStream, Piece, SentencePieceStream, make_stream_factory
+from puna.engine.gguf_tokenizer import GGUFTokenizer
 from puna.engine.sentencepiece_model import SPACE, PieceType, SentencePieceModel
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -369,12 +370,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Tokenizer:
-        """Reads tokenizer.json, else a sentencepiece tokenizer.model, and the configuration beside it.
+        """Reads tokenizer.json, else a sentencepiece tokenizer.model, and the configuration beside it; or, where
+        `folder` is a GGUF file, what is in that.
 
         Raises ValueError, naming the file, for a folder without a tokenizer, a damaged or unsupported file, or special
         tokens that the tokenizer does not know.
         """
         folder = Path(folder)
+        if folder.is_file():
+            return cls._from_gguf(folder)
         json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
         if not json_path.is_file() and not model_path.is_file():
             raise ValueError(
@@ -389,6 +393,14 @@ class Tokenizer:
             return cls(backend, config.chat_templates)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
+
+    @classmethod
+    def _from_gguf(cls, path: Path) -> Tokenizer:
+        backend = GGUFTokenizer(path)
+        try:
+            return cls(backend, backend.chat_templates)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @property
     def vocab_size(self) -> int:
