@@ -141,6 +141,10 @@ PUNA_INLINE I broadcast_int(std::int32_t a) { return {_mm512_set1_epi32(a)}; }
 PUNA_INLINE I load_int(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
 PUNA_INLINE void store_int(std::int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 PUNA_INLINE I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+PUNA_INLINE I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+PUNA_INLINE I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
+PUNA_INLINE std::int32_t sum(I a) { return _mm512_reduce_add_epi32(a.v); }
+PUNA_INLINE std::int32_t maximum(I a) { return _mm512_reduce_max_epi32(a.v); }
 PUNA_INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 PUNA_INLINE I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // round to nearest even
 // The low byte of each lane; lanes must be in -128..127.
@@ -158,6 +162,11 @@ PUNA_INLINE I dot(I acc, Bytes weight, Bytes x) { return {_mm512_dpbusd_epi32(ac
 
 PUNA_INLINE Pairs load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
 PUNA_INLINE Pairs broadcast_pair(const void* p) { std::int32_t q; std::memcpy(&q, p, 4); return {_mm512_set1_epi32(q)}; }
+// The first and the second bfloat16 of each pair.
+PUNA_INLINE F first_of_pairs(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+PUNA_INLINE F second_of_pairs(Pairs a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
 // acc + the dot product of each lane's two bfloat16. The rounding is the processor's (vdpbf16ps) and differs by level.
 PUNA_INLINE F dot(F acc, Pairs a, Pairs b) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)}; }
 
@@ -167,6 +176,7 @@ PUNA_INLINE F power_of_two(F n) {
 }
 
 PUNA_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+PUNA_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // second level
 
 #elif defined(PUNA_AVX2)
 
@@ -247,6 +257,20 @@ PUNA_INLINE void store_int(std::int32_t* p, I x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
 }
 PUNA_INLINE I operator+(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+PUNA_INLINE I max(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+PUNA_INLINE I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+PUNA_INLINE std::int32_t sum(I x) {
+  const __m256i eight = _mm256_add_epi32(x.a, x.b);
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+PUNA_INLINE std::int32_t maximum(I x) {
+  const __m256i eight = _mm256_max_epi32(x.a, x.b);
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
 PUNA_INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 PUNA_INLINE I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 PUNA_INLINE void store_int8(std::int8_t* p, I x) {
@@ -297,6 +321,13 @@ PUNA_INLINE Pairs broadcast_pair(const void* p) {
   std::memcpy(&q, p, 4);
   return {_mm256_set1_epi32(q), _mm256_set1_epi32(q)};
 }
+PUNA_INLINE F first_of_pairs(Pairs x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(x.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x.b, 16))};
+}
+PUNA_INLINE F second_of_pairs(Pairs x) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(x.a, high)), _mm256_castsi256_ps(_mm256_and_si256(x.b, high))};
+}
 PUNA_INLINE __m256 dot_pairs(__m256 acc, __m256i x, __m256i y) {
   const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)), acc);
@@ -310,6 +341,7 @@ PUNA_INLINE __m256 power256(__m256 n) {
 PUNA_INLINE F power_of_two(F n) { return {power256(n.a), power256(n.b)}; }
 
 PUNA_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+PUNA_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // second level
 
 #else  // portable
 
@@ -349,6 +381,14 @@ PUNA_INLINE I broadcast_int(std::int32_t a) { I r; PUNA_EACH_LANE r.v[i] = a; re
 PUNA_INLINE I load_int(const std::int32_t* p) { I r; std::memcpy(r.v, p, sizeof r.v); return r; }
 PUNA_INLINE void store_int(std::int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
 PUNA_INLINE I operator+(I a, I b) { I r; PUNA_EACH_LANE r.v[i] = a.v[i] + b.v[i]; return r; }
+PUNA_INLINE I max(I a, I b) { I r; PUNA_EACH_LANE r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
+PUNA_INLINE I bits_of(F a) { I r; std::memcpy(r.v, a.v, sizeof r.v); return r; }
+PUNA_INLINE std::int32_t sum(I a) { std::int32_t total = 0; PUNA_EACH_LANE total += a.v[i]; return total; }
+PUNA_INLINE std::int32_t maximum(I a) {
+  std::int32_t most = a.v[0];
+  PUNA_EACH_LANE most = a.v[i] > most ? a.v[i] : most;
+  return most;
+}
 PUNA_INLINE F to_float(I a) { F r; PUNA_EACH_LANE r.v[i] = static_cast<float>(a.v[i]); return r; }
 // What does not fit (NaN and infinity too) becomes the lowest integer, as the processors' conversion has it.
 PUNA_INLINE I to_int(F a) {
@@ -373,6 +413,8 @@ PUNA_INLINE I dot(I acc, Bytes weight, Bytes x) {
 }
 PUNA_INLINE Pairs load_pairs(const void* p) { Pairs r; std::memcpy(r.v, p, sizeof r.v); return r; }
 PUNA_INLINE Pairs broadcast_pair(const void* p) { Pairs r; PUNA_EACH_LANE std::memcpy(r.v + 2 * i, p, 4); return r; }
+PUNA_INLINE F first_of_pairs(Pairs a) { F r; PUNA_EACH_LANE r.v[i] = bf16_to_float(a.v[2 * i]); return r; }
+PUNA_INLINE F second_of_pairs(Pairs a) { F r; PUNA_EACH_LANE r.v[i] = bf16_to_float(a.v[2 * i + 1]); return r; }
 PUNA_INLINE F dot(F acc, Pairs a, Pairs b) {
   PUNA_EACH_LANE for (int j = 2 * i; j < 2 * i + 2; ++j)
     acc.v[i] = __builtin_fmaf(bf16_to_float(a.v[j]), bf16_to_float(b.v[j]), acc.v[i]);
@@ -387,25 +429,46 @@ PUNA_INLINE F power_of_two(F n) {
   return r;
 }
 PUNA_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+PUNA_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #undef PUNA_EACH_LANE
 #endif
 
 // Sums and maxima over the lanes, in halves: lane i with i + 8, then i + 4, i + 2, i + 1. The same on all levels.
+#if defined(PUNA_AVX512) || defined(PUNA_AVX2)
+PUNA_INLINE float sum_halves(__m256 eight) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+PUNA_INLINE float maximum_halves(__m256 eight) {
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+#endif
+#if defined(PUNA_AVX512)
 PUNA_INLINE float sum(F a) {
-  alignas(64) float v[kLanes];
-  store(v, a);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+  return sum_halves(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
 }
 PUNA_INLINE float maximum(F a) {
-  alignas(64) float v[kLanes];
-  store(v, a);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
-  return v[0];
+  return maximum_halves(_mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
 }
+#elif defined(PUNA_AVX2)
+PUNA_INLINE float sum(F x) { return sum_halves(_mm256_add_ps(x.a, x.b)); }
+PUNA_INLINE float maximum(F x) { return maximum_halves(_mm256_max_ps(x.a, x.b)); }
+#else
+PUNA_INLINE float sum(F a) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  return a.v[0];
+}
+PUNA_INLINE float maximum(F a) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a.v[i] = a.v[i] > a.v[i + width] ? a.v[i] : a.v[i + width];
+  return a.v[0];
+}
+#endif
 
 // e^x to within two units in the last place; x is clamped to -87.3 .. 88.3, so nothing becomes zero or infinite, and NaN
 // stays NaN (max and min return their second operand then). x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 is split in two so

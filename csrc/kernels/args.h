@@ -165,6 +165,20 @@ struct Kernels {
   Kernel probe;
 };
 
+// The quantised rows that a linear layer keeps at a time: more take no less time, only more memory.
+constexpr std::int64_t kScratchRows = 1024;
+
+// Whether bfloat16 rows meet bfloat16 weights in vdpbf16ps (level avx512 alone) or, widened, in float32 fma. The bits differ,
+// so it is one choice for all kernels of a process: cpu_features.h.
+bool bf16_dots();
+
+// Positions whose attention is summed up on its own, cut at absolute positions, before the sums are merged: enough work for
+// one thread to take while others take the sequence's other partitions.
+constexpr std::int64_t kAttentionPartition = 512;
+
+// How many of them the longest sequence can have.
+std::int64_t attention_partitions(const PagedAttentionArgs& args);
+
 // What a task needs of Worker::shared. Sizes do not depend on the level.
 std::size_t linear_scratch(const LinearArgs& args);
 std::size_t paged_attention_scratch(const PagedAttentionArgs& args);

@@ -1,0 +1,329 @@
+// Linear layers over weights of 8 or 4 bits in groups: integer dot products of a block's codes with quantised activations,
+// scaled and summed in float32.
+//
+// Every output is one chain: from 0, over the blocks of 32 inputs in order and the groups in each,
+//   sum = fma(float(dot), weight_scale * x_scale, sum), and with minimums then sum = fma(minimum, x_scale * x_sum, sum),
+// where dot is the exact integer sum of (code - zero) * x, or of code * x with minimums. The tiles below differ in which rows and
+// outputs they hold, and where, but not in this, so that an output's bits depend on nothing but its row and its weights.
+#pragma once
+
+#include "../vec.h"
+#include "args.h"
+#include "epilogue.h"
+#include "quantize.h"
+
+namespace puna::PUNA_LEVEL {
+
+// Rows of a tile, of which up to kDotRowsInRegisters keep their float sums in registers, the others in the first-level cache;
+// halves of the panel that a tile holds at a time; rows that need one pass over a weight of 8 bits.
+#if defined(PUNA_AVX512)
+constexpr int kDotRows = 6, kDotRowsInRegisters = 6, kDotHalves = 2, kOnePassRows = 8;
+#elif defined(PUNA_AVX2)
+constexpr int kDotRows = 4, kDotRowsInRegisters = 2, kDotHalves = 1, kOnePassRows = 4;
+#else
+constexpr int kDotRows = 2, kDotRowsInRegisters = 2, kDotHalves = 1, kOnePassRows = 2;
+#endif
+
+// Where vectors are arrays, unrolled loops are only slow to compile.
+#if defined(PUNA_AVX512) || defined(PUNA_AVX2)
+#define PUNA_UNROLL_TEXT(text) _Pragma(#text)
+#define PUNA_UNROLL(times) PUNA_UNROLL_TEXT(GCC unroll times)
+#else
+#define PUNA_UNROLL(times)
+#endif
+
+// A block of the weight where it lies.
+template <int kTheBits, int kTheGroups, bool kTheMinimums>
+struct StoredBlocks {
+  static constexpr int kBits = kTheBits, kGroups = kTheGroups;
+  static constexpr bool kMinimums = kTheMinimums, kPrefetch = true;
+  static constexpr std::int64_t kCodesAt = 64 * kGroups * (kMinimums ? 2 : 1), kBytes = kCodesAt + 128 * kBits;
+
+  const std::byte* block;
+
+  PUNA_INLINE F scale(int group, int half) const {
+    return load_f16(reinterpret_cast<const std::uint16_t*>(block) + group * kPanel + half * kLanes);
+  }
+  PUNA_INLINE F minimum(int group, int half) const {
+    return load_f16(reinterpret_cast<const std::uint16_t*>(block) + (kGroups + group) * kPanel + half * kLanes);
+  }
+  PUNA_INLINE const std::byte* codes() const { return block + kCodesAt; }
+  PUNA_INLINE void next() { block += kBytes; }
+};
+
+// A block made ready for many rows: codes of 8 bits, scales in float32 [kGroups][32] and minimums likewise behind them.
+template <int kTheGroups, bool kTheMinimums>
+struct ReadyBlocks {
+  static constexpr int kBits = 8, kGroups = kTheGroups;
+  static constexpr bool kMinimums = kTheMinimums, kPrefetch = false;
+  static constexpr std::int64_t kScales = kPanel * kGroups * (kMinimums ? 2 : 1);
+
+  const std::byte* at;
+  std::int64_t step;  // bytes
+  const float* scales;
+
+  PUNA_INLINE F scale(int group, int half) const { return load(scales + group * kPanel + half * kLanes); }
+  PUNA_INLINE F minimum(int group, int half) const { return load(scales + (kGroups + group) * kPanel + half * kLanes); }
+  PUNA_INLINE const std::byte* codes() const { return at; }
+  PUNA_INLINE void next() {
+    at += step;
+    scales += kScales;
+  }
+};
+
+PUNA_INLINE float float_at(const std::byte* p) {
+  float value;
+  std::memcpy(&value, p, 4);
+  return value;
+}
+PUNA_INLINE std::int32_t int_at(const std::byte* p) {
+  std::int32_t value;
+  std::memcpy(&value, p, 4);
+  return value;
+}
+
+// How many bytes ahead of its use a weight is asked for.
+constexpr std::int64_t kPrefetchAhead = 3072;
+
+// sums[row][0 .. 31] continues over `blocks` blocks, for kRows rows of records, `x_stride` bytes apart. `following` is what
+// will be read after these blocks.
+template <int kRows, class Weight>
+__attribute__((noinline)) void multiply_tile(Weight weight, std::int64_t blocks, const std::byte* x, std::int64_t x_stride,
+                                             float* sums, const std::byte* following) {
+  constexpr bool kInRegisters = kRows <= kDotRowsInRegisters;
+  constexpr int kGroups = Weight::kGroups, kGroupQuads = 8 / kGroups;
+  constexpr std::int64_t kRecord = kGroups == 2 ? 48 : 40;
+  F acc[kRows][2];
+  if constexpr (kInRegisters) {
+PUNA_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      acc[r][0] = load(sums + r * kPanel);
+      acc[r][1] = load(sums + r * kPanel + kLanes);
+    }
+  }
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    if constexpr (Weight::kPrefetch) {
+      constexpr std::int64_t kAhead = (kPrefetchAhead + Weight::kBytes - 1) / Weight::kBytes;
+      const std::byte* ahead = b + kAhead < blocks ? weight.block + kAhead * Weight::kBytes
+                                                   : following + (b + kAhead - blocks) * Weight::kBytes;
+PUNA_UNROLL(32)
+      for (std::int64_t at = 0; at < Weight::kBytes; at += 64) prefetch(ahead + at);
+    }
+    const std::byte* codes = weight.codes();
+PUNA_UNROLL(2)
+    for (int first = 0; first < 2; first += kDotHalves) {
+PUNA_UNROLL(2)
+      for (int group = 0; group < kGroups; ++group) {
+        I dots[kRows][kDotHalves];
+PUNA_UNROLL(8)
+        for (int r = 0; r < kRows; ++r) {
+          const std::byte* correction = x + r * x_stride + kRecordCorrection + 4 * group;
+          const I start = broadcast_int(Weight::kMinimums ? 0 : int_at(correction));
+PUNA_UNROLL(2)
+          for (int h = 0; h < kDotHalves; ++h) dots[r][h] = start;
+        }
+PUNA_UNROLL(8)
+        for (int q = group * kGroupQuads; q < (group + 1) * kGroupQuads; ++q) {
+          Bytes w[kDotHalves];
+PUNA_UNROLL(2)
+          for (int h = 0; h < kDotHalves; ++h) {
+            if constexpr (Weight::kBits == 8) {
+              w[h] = load_bytes(codes + (q * 2 + first + h) * 64);
+            } else {
+              const Bytes both = load_bytes(codes + (q / 2 * 2 + first + h) * 64);
+              w[h] = q % 2 == 0 ? low_nibbles(both) : high_nibbles(both);
+            }
+          }
+PUNA_UNROLL(8)
+          for (int r = 0; r < kRows; ++r) {
+            const Bytes quad = broadcast_quad(x + r * x_stride + 4 * q);
+PUNA_UNROLL(2)
+            for (int h = 0; h < kDotHalves; ++h) dots[r][h] = dot(dots[r][h], w[h], quad);
+          }
+        }
+PUNA_UNROLL(2)
+        for (int h = 0; h < kDotHalves; ++h) {
+          const F scale = weight.scale(group, first + h);
+          F minimum;
+          if constexpr (Weight::kMinimums) minimum = weight.minimum(group, first + h);
+PUNA_UNROLL(8)
+          for (int r = 0; r < kRows; ++r) {
+            const std::byte* record = x + r * x_stride;
+            float* home = sums + r * kPanel + (first + h) * kLanes;
+            F sum = kInRegisters ? acc[r][first + h] : load(home);
+            sum = fma(to_float(dots[r][h]), scale * broadcast(float_at(record + kRecordScale)), sum);
+            if constexpr (Weight::kMinimums)
+              sum = fma(minimum, broadcast(float_at(record + kRecordCorrection + 4 * group)), sum);
+            if constexpr (kInRegisters) {
+              acc[r][first + h] = sum;
+            } else {
+              store(home, sum);
+            }
+          }
+        }
+      }
+    }
+    weight.next();
+    x += kRecord;
+  }
+  if constexpr (kInRegisters) {
+PUNA_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      store(sums + r * kPanel, acc[r][0]);
+      store(sums + r * kPanel + kLanes, acc[r][1]);
+    }
+  }
+}
+
+// The same for a number of rows, 1 to kMost, that is known at run time.
+template <int kMost, class Weight>
+PUNA_INLINE void multiply_rows(int rows, const Weight& weight, std::int64_t blocks, const std::byte* x,
+                               std::int64_t x_stride, float* sums, const std::byte* following) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return multiply_rows<kMost - 1>(rows, weight, blocks, x, x_stride, sums, following);
+  }
+  multiply_tile<kMost>(weight, blocks, x, x_stride, sums, following);
+}
+
+// Blocks of the K axis that are read for all rows of a task before the next ones: 16 of 1 KB and their scales stay in a
+// first-level cache of 32 KB beside the activations of a tile.
+constexpr std::int64_t kChunkBlocks = 16;
+
+// The sums of one panel for few rows, in one pass over the weight.
+template <class Weight>
+PUNA_INLINE void multiply_panel(const std::byte* panel, std::int64_t blocks, const std::byte* x, std::int64_t x_stride,
+                                int rows, float* sums, const std::byte* following) {
+  constexpr int kMost = Weight::kBits == 8 ? kOnePassRows : kDotRows;
+  for (int i = 0; i < rows * kPanel; i += kLanes) store(sums + i, zero());
+  multiply_rows<kMost>(rows, Weight{panel}, blocks, x, x_stride, sums, following);
+}
+
+// The sums of one panel for many rows: chunks of blocks are made ready once, and used by tile after tile.
+template <class Weight>
+inline void multiply_panel_in_chunks(const std::byte* panel, std::int64_t blocks, const std::byte* x, std::int64_t x_stride,
+                                     int rows, float* sums, std::byte* ready, const std::byte* following) {
+  using Ready = ReadyBlocks<Weight::kGroups, Weight::kMinimums>;
+  constexpr std::int64_t kRecord = Weight::kGroups == 2 ? 48 : 40;
+  for (int i = 0; i < rows * kPanel; i += kLanes) store(sums + i, zero());
+  auto* scales = reinterpret_cast<float*>(ready);
+  std::byte* codes = ready + kChunkBlocks * Ready::kScales * 4;
+  const int tiles = (rows + kDotRows - 1) / kDotRows;
+  for (std::int64_t begin = 0; begin < blocks; begin += kChunkBlocks) {
+    const std::int64_t count = blocks - begin < kChunkBlocks ? blocks - begin : kChunkBlocks;
+    Weight weight{panel + begin * Weight::kBytes};
+    const std::byte* chunk_end = weight.block + count * Weight::kBytes;
+    const Ready chunk{Weight::kBits == 8 ? weight.codes() : codes, Weight::kBits == 8 ? Weight::kBytes : 1024, scales};
+    for (std::int64_t b = 0; b < count; ++b, weight.next()) {
+      float* to = scales + b * Ready::kScales;
+      for (int i = 0; i < Ready::kScales; i += kLanes)
+        store(to + i, load_f16(reinterpret_cast<const std::uint16_t*>(weight.block) + i));
+      if constexpr (Weight::kBits == 4) {
+        std::byte* wide = codes + b * 1024;
+        for (int pair = 0; pair < 4; ++pair) {
+          for (int h = 0; h < 2; ++h) {
+            const Bytes both = load_bytes(weight.codes() + (pair * 2 + h) * 64);
+            store_bytes(wide + (pair * 4 + h) * 64, low_nibbles(both));
+            store_bytes(wide + (pair * 4 + 2 + h) * 64, high_nibbles(both));
+          }
+        }
+      }
+    }
+    // While the tiles use this chunk, they ask for the next one, each for its part.
+    const std::byte* next = begin + kChunkBlocks < blocks ? chunk_end : following;
+    const std::int64_t lines = kChunkBlocks * Weight::kBytes / 64;
+    for (int t = 0; t < tiles; ++t) {
+      for (std::int64_t line = lines * t / tiles; line < lines * (t + 1) / tiles; ++line) prefetch_far(next + line * 64);
+      const int first = rows * t / tiles, last = rows * (t + 1) / tiles;
+      multiply_rows<kDotRows>(last - first, chunk, count, x + begin * kRecord + first * x_stride, x_stride,
+                               sums + first * kPanel, nullptr);
+    }
+  }
+}
+
+// The rows of one task: their sums (32 KB, or 64 if gated) and records stay in the second-level cache.
+constexpr std::int64_t kTaskRows = 264;
+// Numbers that are quantised faster than threads meet at a barrier.
+constexpr std::int64_t kQuantizeAlone = 16384;
+
+template <class Weight>
+inline void linear_with_groups(const LinearArgs& a, Worker& worker) {
+  constexpr std::int64_t kRecord = Weight::kGroups == 2 ? 48 : 40;
+  constexpr int kMost = Weight::kBits == 8 ? kOnePassRows : kDotRows;
+  const std::int64_t blocks = (a.inputs + kBlock - 1) / kBlock, x_stride = blocks * kRecord;
+  const std::int64_t panels = (a.outputs + kPanel - 1) / kPanel, panel_size = blocks * Weight::kBytes;
+  const auto* weight = static_cast<const std::byte*>(a.weight);
+  auto* sums = reinterpret_cast<float*>(worker.local);
+  float* up_sums = a.gated ? sums + kTaskRows * kPanel : nullptr;
+  std::byte* local = worker.local + 2 * kTaskRows * kPanel * sizeof(float);
+
+  if (a.rows <= kMost) {
+    const int rows = static_cast<int>(a.rows);
+    const std::byte* x = local;
+    if (a.rows * a.inputs <= kQuantizeAlone) {
+      for (int r = 0; r < rows; ++r) quantize_blocks(a, r, 0, blocks, local + r * x_stride);
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        const Worker::Range range = worker.share(blocks, 4);
+        quantize_blocks(a, r, range.begin, range.end, worker.shared + r * x_stride + range.begin * kRecord);
+      }
+      worker.barrier();
+      x = worker.shared;
+    }
+    const Worker::Range range = worker.share(panels);
+    for (std::int64_t i = range.begin; i < range.end; ++i) {
+      const std::byte* panel = weight + i * panel_size;
+      const std::byte* following = i + 1 < range.end ? panel + panel_size : panel;
+      const std::byte* up = panel + panels * panel_size;
+      multiply_panel<Weight>(panel, blocks, x, x_stride, rows, sums, a.gated ? up : following);
+      if (a.gated) multiply_panel<Weight>(up, blocks, x, x_stride, rows, up_sums, following);
+      epilogue_store(a, sums, up_sums, 0, rows, i);
+    }
+    return;
+  }
+
+  for (std::int64_t first = 0; first < a.rows; first += kScratchRows) {
+    const std::int64_t rows = a.rows - first < kScratchRows ? a.rows - first : kScratchRows;
+    if (first > 0) worker.barrier();  // the records of the rows before are no longer read
+    const Worker::Range range = worker.share(rows * blocks, 8);
+    for (std::int64_t at = range.begin; at < range.end;) {
+      const std::int64_t row = at / blocks, begin = at - row * blocks;
+      const std::int64_t end = blocks - begin < range.end - at ? blocks : begin + range.end - at;
+      quantize_blocks(a, first + row, begin, end, worker.shared + at * kRecord);
+      at += end - begin;
+    }
+    worker.barrier();
+    const std::int64_t parts = (rows + kTaskRows - 1) / kTaskRows;
+    for (std::int64_t task = worker.take(); task < parts * panels; task = worker.take()) {
+      const std::int64_t part = task / panels, i = task % panels;
+      const std::int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+      const int count = static_cast<int>(end - begin);
+      const std::byte* x = worker.shared + begin * x_stride;
+      const std::byte* panel = weight + i * panel_size;
+      const std::byte* following = panel + panel_size;
+      const std::byte* up = panel + panels * panel_size;
+      multiply_panel_in_chunks<Weight>(panel, blocks, x, x_stride, count, sums, local, a.gated ? up : following);
+      if (a.gated) multiply_panel_in_chunks<Weight>(up, blocks, x, x_stride, count, up_sums, local, following);
+      epilogue_store(a, sums, up_sums, first + begin, count, i);
+    }
+  }
+}
+
+inline void groups_linear(const LinearArgs& a, Worker& worker) {
+  const PanelFormat& format = a.format;
+  if (format.bits == 8 && format.groups == 1)
+    return format.minimums ? linear_with_groups<StoredBlocks<8, 1, true>>(a, worker)
+                           : linear_with_groups<StoredBlocks<8, 1, false>>(a, worker);
+  if (format.bits == 8)
+    return format.minimums ? linear_with_groups<StoredBlocks<8, 2, true>>(a, worker)
+                           : linear_with_groups<StoredBlocks<8, 2, false>>(a, worker);
+  if (format.groups == 1)
+    return format.minimums ? linear_with_groups<StoredBlocks<4, 1, true>>(a, worker)
+                           : linear_with_groups<StoredBlocks<4, 1, false>>(a, worker);
+  return format.minimums ? linear_with_groups<StoredBlocks<4, 2, true>>(a, worker)
+                         : linear_with_groups<StoredBlocks<4, 2, false>>(a, worker);
+}
+
+#undef PUNA_UNROLL
+#undef PUNA_UNROLL_TEXT
+
+}  // namespace puna::PUNA_LEVEL
