@@ -214,4 +214,4 @@ def test_segments_of_a_fused_layer_are_pieces_of_their_own() -> None:
 
 def test_unknown_weight_format() -> None:
     with pytest.raises(ValueError, match="weight format 'int3' is not known"):
-        weight_format("int3", torch.float32)
+        weight_format("int3", torch.float32, 8, 8)

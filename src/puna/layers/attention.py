@@ -58,10 +58,7 @@ class Attention(nn.Module):
 
         attention_mask: bool [B, L], true where a token is real; dense only.
         """
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_size))
-            for part in self.qkv(hidden_states).split(self.qkv.local_sizes, dim=-1)
-        )
+        query, key, value = (part.view(*part.shape[:-1], -1, self.head_size) for part in self.qkv.split(hidden_states))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = self._angles(position_ids, attention_params)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
-from puna.layers.pieces import Piece, PiecewiseModule, op_table, parameter_piece, torch_dtype
-from puna.quantization.dense import random_matrix
+from puna.layers.pieces import Piece, PiecewiseModule, op_table, torch_dtype
+from puna.quantization import GroupQuantized, WeightFormat, weight_format
 
 
 class Embedding(PiecewiseModule):
@@ -16,41 +16,54 @@ class Embedding(PiecewiseModule):
 
     def __init__(self, config: LLaMAConfig, comm: Communicator) -> None:
         super().__init__()
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.rows = -(-config.vocab_size // comm.mapping.tp_size)
         self.first = self.rows * comm.mapping.tp_rank
-        self.weight = random_matrix(self.rows, config.hidden_size, torch_dtype(config.dtype))
+        self.dtype = torch_dtype(config.dtype)
         self.ops = op_table(config, comm)
         self.comm = comm
+        self.format: WeightFormat
+        self._store_as(config.quant)
+
+    def _store_as(self, format_name: str) -> None:
+        self.format = weight_format(format_name, self.dtype, self.rows, self.hidden_size)
+        for name, parameter in self.format.create_parameters().items():
+            self.register_parameter(name, parameter)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {name: self.get_parameter(name) for name in self.format.parameter_names}
 
     def forward(self, token_ids: Tensor) -> Tensor:
         if self.comm.mapping.tp_size == 1:
-            return self.ops.embedding(token_ids, self.weight)
+            return self.format.embedding(self.ops, token_ids, self.weights(), self.dtype)
         # A row that another rank holds counts as zero here; the sum over the ranks fills it in.
         local = token_ids - self.first
         inside = (local >= 0) & (local < self.rows)
-        rows = self.ops.embedding(torch.where(inside, local, 0), self.weight)
+        rows = self.format.embedding(self.ops, torch.where(inside, local, 0), self.weights(), self.dtype)
         return self.comm.all_reduce(rows * inside.unsqueeze(-1).to(rows.dtype))
 
     def pieces(self) -> list[Piece]:
-        return [vocabulary_piece(self.weight, self.first, self.vocab_size)]
+        real = max(0, min(self.rows, self.vocab_size - self.first))
+        source = slice(min(self.first, self.vocab_size), min(self.first, self.vocab_size) + real)
+
+        def write(dense: Tensor) -> None:
+            self.format.write(self.weights(), slice(0, real), dense)
+            clear_padding()
+
+        def write_groups(groups: GroupQuantized) -> None:
+            self.format.write_groups(self.weights(), slice(0, real), groups)
+            clear_padding()
+
+        def clear_padding() -> None:
+            if real < self.rows:
+                padding = torch.zeros(self.rows - real, self.hidden_size, device=self.comm.device)
+                self.format.write(self.weights(), slice(real, self.rows), padding)
+
+        def read() -> Tensor:
+            return self.format.read(self.weights(), slice(0, real))
+
+        shape, columns = (self.vocab_size, self.hidden_size), slice(0, self.hidden_size)
+        return [Piece("weight", shape, (source, columns), write, read, write_groups, self._store_as)]
 
     def extra_repr(self) -> str:
-        return f"{self.vocab_size}, {self.weight.shape[1]}"
-
-
-def vocabulary_piece(weight: Tensor, first: int, vocab_size: int) -> Piece:
-    """The piece "weight" for this rank's rows of a matrix with one row a token, from token `first` on.
-
-    The rows of `weight` past the end of the vocabulary are padding, which is set to zero.
-    """
-    real = max(0, min(weight.shape[0], vocab_size - first))
-    source = slice(min(first, vocab_size), min(first, vocab_size) + real)
-    piece = parameter_piece("weight", weight, vocab_size, source, slice(0, real))
-
-    def write(tensor: Tensor) -> None:
-        piece.write(tensor)
-        with torch.no_grad():
-            weight[real:].zero_()
-
-    return Piece(piece.name, piece.full_shape, piece.source, write, piece.read)
+        return f"{self.vocab_size}, {self.hidden_size}, format={self.format.name}"

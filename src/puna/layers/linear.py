@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping as ReadOnlyDict
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
+from puna.layers.embedding import Embedding
 from puna.layers.pieces import Piece, PiecewiseModule, op_table, parameter_piece, torch_dtype
 from puna.mapping import Mapping
-from puna.quantization import weight_format
+from puna.ops.panels import Panels
+from puna.quantization import GroupQuantized, WeightFormat, weight_format
 
 
 @dataclass(frozen=True)
@@ -51,31 +54,108 @@ class Segment:
         return slice(min(first, self.units) * self.unit_size, stop * self.unit_size)
 
 
-class _Linear(PiecewiseModule):
-    """What both kinds share: a weight in some WeightFormat, and a bias."""
+@dataclass(frozen=True)
+class _Part:
+    """Some of a layer's outputs, stored in one format under these names; nearly always there is one part of all."""
 
-    def __init__(self, outputs: int, inputs: int, bias: bool, config: LLaMAConfig, comm: Communicator) -> None:
+    rows: slice
+    format: WeightFormat
+    names: ReadOnlyDict[str, str]  # of the layer's parameters, by the format's own names
+
+
+class _Linear(PiecewiseModule):
+    """What both kinds share: a weight in some WeightFormat, or its segments in several, and a bias."""
+
+    def __init__(
+        self, sizes: tuple[int, ...], inputs: int, bias: bool, config: LLaMAConfig, comm: Communicator
+    ) -> None:
         super().__init__()
-        self.outputs, self.inputs = outputs, inputs
+        self.outputs, self.inputs = sum(sizes), inputs
+        self.local_sizes = sizes
         self.comm = comm
         self.ops = op_table(config, comm)
-        self.format = weight_format(config.quant, torch_dtype(config.dtype))
-        for name, parameter in self.format.create_parameters(outputs, inputs).items():
+        self.dtype = torch_dtype(config.dtype)
+        self._format_names = [config.quant] * len(sizes)
+        self.parts: tuple[_Part, ...] = ()
+        self._build_parts()
+        self.bias = nn.Parameter(torch.zeros(self.outputs, dtype=self.dtype)) if bias else None
+
+    def _build_parts(self) -> None:
+        """Registers the parameters for the formats of the segments; neighbours of one format share theirs."""
+        for part in self.parts:
+            for name in part.names.values():
+                delattr(self, name)
+        ends = [0]
+        runs: list[tuple[slice, str]] = []
+        for size, name in zip(self.local_sizes, self._format_names, strict=True):
+            ends.append(ends[-1] + size)
+            if runs and runs[-1][1] == name:
+                runs[-1] = (slice(runs[-1][0].start, ends[-1]), name)
+            else:
+                runs.append((slice(ends[-2], ends[-1]), name))
+        parts = []
+        for i, (rows, name) in enumerate(runs):
+            form = weight_format(name, self.dtype, rows.stop - rows.start, self.inputs)
+            suffix = f"_{i}" if len(runs) > 1 else ""
+            created = form.create_parameters()
+            for own, parameter in created.items():
+                self.register_parameter(own + suffix, parameter)
+            parts.append(_Part(rows, form, {own: own + suffix for own in created}))
+        self.parts = tuple(parts)
+
+    def _weights(self, part: _Part) -> dict[str, nn.Parameter]:
+        return {own: self.get_parameter(name) for own, name in part.names.items()}
+
+    def panels(self) -> Panels | None:
+        """The weight as compiled kernels take it, where it is in one format that is in panels, and there is no bias."""
+        if len(self.parts) > 1 or self.bias is not None:
+            return None
+        return self.parts[0].format.panels(self._weights(self.parts[0]))
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The outputs of each part, in the model's dtype if no other is asked for."""
+        return [
+            part.format.linear(
+                self.ops, x, self._weights(part), None if bias is None else bias[part.rows], dtype or self.dtype
+            )
+            for part in self.parts
+        ]
+
+    def share_weight(self, other: Embedding) -> None:
+        """Takes the weight of an embedding of the same shape for its own."""
+        self._format_names = [other.format.name] * len(self.local_sizes)
+        self._build_parts()
+        for name, parameter in other.weights().items():
             self.register_parameter(name, parameter)
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch_dtype(config.dtype))) if bias else None
 
-    def weights(self) -> dict[str, nn.Parameter]:
-        return {name: self.get_parameter(name) for name in self.format.parameter_names}
+    def _weight_piece(
+        self, name: str, full_shape: tuple[int, int], source: tuple[slice, slice], rows: slice, segment: int = 0
+    ) -> Piece:
+        def place() -> tuple[_Part, slice]:
+            part = next(part for part in self.parts if part.rows.start <= rows.start and rows.stop <= part.rows.stop)
+            return part, slice(rows.start - part.rows.start, rows.stop - part.rows.start)
 
-    def _weight_piece(self, name: str, full_shape: tuple[int, int], source: tuple[slice, slice], rows: slice) -> Piece:
         def write(dense: Tensor) -> None:
-            self.format.write(self.weights(), rows, dense)
+            part, inside = place()
+            part.format.write(self._weights(part), inside, dense)
 
-        read: Callable[[], Tensor] = lambda: self.format.read(self.weights(), rows)  # noqa: E731
-        return Piece(name, full_shape, source, write, read)
+        def write_groups(groups: GroupQuantized) -> None:
+            part, inside = place()
+            part.format.write_groups(self._weights(part), inside, groups)
+
+        def read() -> Tensor:
+            part, inside = place()
+            return part.format.read(self._weights(part), inside)
+
+        def store_as(format_name: str) -> None:
+            self._format_names[segment] = format_name
+            self._build_parts()
+
+        return Piece(name, full_shape, source, write, read, write_groups, store_as)
 
     def extra_repr(self) -> str:
-        return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}, format={self.format.name}"
+        formats = ", ".join(part.format.name for part in self.parts)
+        return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}, format={formats}"
 
 
 class ColumnLinear(_Linear):
@@ -94,26 +174,46 @@ class ColumnLinear(_Linear):
         gather_output: bool = False,
     ) -> None:
         local_sizes = tuple(segment.local_units(comm.mapping) * segment.unit_size for segment in segments)
-        super().__init__(sum(local_sizes), in_features, bias, config, comm)
+        super().__init__(local_sizes, in_features, bias, config, comm)
         self.segments = segments
-        self.local_sizes = local_sizes
         self.gather_output = gather_output
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.format.linear(self.ops, x, self.weights(), self.bias)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`dtype` is the result's, None for the model's."""
+        outputs = self._multiply(x, self.bias, dtype)
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         if not self.gather_output:
             return y
         return self.comm.all_gather(y)[..., : sum(segment.units * segment.unit_size for segment in self.segments)]
 
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """This rank's outputs of each segment, [..., its size] each, as views where they are computed together."""
+        outputs = iter(self._multiply(x, self.bias))
+        found: list[Tensor] = []
+        for part in self.parts:
+            sizes: list[int] = []
+            while sum(sizes) < part.rows.stop - part.rows.start:
+                sizes.append(self.local_sizes[len(found) + len(sizes)])
+            found.extend(torch.split(next(outputs), sizes, dim=-1))
+        return tuple(found)
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """activation(gate) * up of a layer of two segments, gate and up."""
+        if len(self.parts) > 1:
+            return self.ops.gated_activation(self(x), activation)
+        part = self.parts[0]
+        return part.format.gated_linear(self.ops, x, self._weights(part), self.bias, activation)
+
     def pieces(self) -> list[Piece]:
         pieces = []
         start = 0
-        for segment, size in zip(self.segments, self.local_sizes, strict=True):
+        for number, (segment, size) in enumerate(zip(self.segments, self.local_sizes, strict=True)):
             prefix = f"{segment.name}." if segment.name else ""
             source = segment.source(self.comm.mapping)
             rows = slice(start, start + source.stop - source.start)
             full = segment.units * segment.unit_size
-            weight = self._weight_piece(f"{prefix}weight", (full, self.inputs), (source, slice(0, self.inputs)), rows)
+            columns = slice(0, self.inputs)
+            weight = self._weight_piece(f"{prefix}weight", (full, self.inputs), (source, columns), rows, number)
             pieces.append(self._with_padding(weight, slice(rows.stop, start + size)))
             if self.bias is not None:
                 pieces.append(parameter_piece(f"{prefix}bias", self.bias, full, source, rows))
@@ -125,12 +225,16 @@ class ColumnLinear(_Linear):
         count = padding.stop - padding.start
         if count == 0:
             return piece
+        rest = self._weight_piece("padding", piece.full_shape, piece.source, padding)  # type: ignore[arg-type]
 
         def write(dense: Tensor) -> None:
             piece.write(dense)
-            self.format.write(self.weights(), padding, torch.zeros(count, self.inputs, device=dense.device))
+            rest.write(torch.zeros(count, self.inputs, device=dense.device))
 
-        return Piece(piece.name, piece.full_shape, piece.source, write, piece.read)
+        def write_groups(groups: GroupQuantized) -> None:
+            write(groups.dequantize())
+
+        return dataclasses.replace(piece, write=write, write_groups=write_groups)
 
 
 class RowLinear(_Linear):
@@ -154,13 +258,13 @@ class RowLinear(_Linear):
                 f"{in_features} inputs can't be split evenly over {comm.mapping.tp_size} ranks: choose a tp_size that "
                 f"divides {in_features}"
             )
-        super().__init__(out_features, in_features // comm.mapping.tp_size, bias, config, comm)
+        super().__init__((out_features,), in_features // comm.mapping.tp_size, bias, config, comm)
         self.in_features = in_features
         self.reduce_output = reduce_output
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.comm.mapping.tp_rank == 0 else None
-        y = self.format.linear(self.ops, x, self.weights(), bias)
+        (y,) = self._multiply(x, bias)
         return self.comm.all_reduce(y) if self.reduce_output else y
 
     def pieces(self) -> list[Piece]:

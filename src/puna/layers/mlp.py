@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.linear import ColumnLinear, RowLinear, Segment
-from puna.layers.pieces import op_table
 
 
 class GatedMLP(nn.Module):
@@ -19,8 +18,7 @@ class GatedMLP(nn.Module):
         self.gate_up = ColumnLinear(hidden, (Segment("gate", inner), Segment("up", inner)), bias, config, comm)
         self.proj = RowLinear(inner, hidden, bias, config, comm, reduce_output)
         self.activation = config.hidden_act
-        self.ops = op_table(config, comm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.proj(self.ops.gated_activation(self.gate_up(x), self.activation))
+        y: Tensor = self.proj(self.gate_up.gated(x, self.activation))
         return y

@@ -8,28 +8,43 @@ from torch import Tensor, nn
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.mlp import GatedMLP
-from puna.layers.pieces import Piece, PiecewiseModule, op_table, parameter_piece, torch_dtype
-from puna.quantization.dense import random_matrix
+from puna.layers.pieces import Piece, PiecewiseModule, op_table, torch_dtype
+from puna.ops.panels import LANES, Panels
+from puna.quantization import weight_format
 
 
 class Router(PiecewiseModule):
-    """x [T, hidden_size] -> weights and indices of the chosen experts, [T, experts_per_token] each.
+    """x [T, hidden_size] -> how well each expert suits each token, logits [T, experts].
 
-    Its weight is whole and dense on every rank: a rank that chose other experts would spoil the sum.
+    Its weight is whole and never quantised, on every rank: a rank that chose other experts would spoil the sum.
     """
 
     def __init__(self, config: LLaMAConfig, comm: Communicator) -> None:
         super().__init__()
-        self.weight = random_matrix(config.num_experts, config.hidden_size, torch_dtype(config.dtype))
-        self.experts_per_token = config.experts_per_token
+        self.dtype = torch_dtype(config.dtype)
+        name = "none" if config.quant == "none" else "panels"
+        self.format = weight_format(name, self.dtype, config.num_experts, config.hidden_size)
+        for own, parameter in self.format.create_parameters().items():
+            self.register_parameter(own, parameter)
         self.ops = op_table(config, comm)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.ops.route_experts(self.ops.linear(x, self.weight, None), self.experts_per_token)
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {name: self.get_parameter(name) for name in self.format.parameter_names}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.format.linear(self.ops, x, self.weights(), None, self.dtype)
 
     def pieces(self) -> list[Piece]:
-        rows = slice(0, self.weight.shape[0])
-        return [parameter_piece("weight", self.weight, self.weight.shape[0], rows, rows)]
+        rows, columns = slice(0, self.format.outputs), slice(0, self.format.inputs)
+        return [
+            Piece(
+                name="weight",
+                full_shape=(self.format.outputs, self.format.inputs),
+                source=(rows, columns),
+                write=lambda dense: self.format.write(self.weights(), rows, dense),
+                read=lambda: self.format.read(self.weights(), rows),
+            )
+        ]
 
 
 class MoE(nn.Module):
@@ -42,15 +57,40 @@ class MoE(nn.Module):
         super().__init__()
         self.router = Router(config, comm)
         self.experts = nn.ModuleList(GatedMLP(config, comm, reduce_output=False) for _ in range(config.num_experts))
+        self.experts_per_token = config.experts_per_token
+        self.activation = config.hidden_act
+        self.ops = op_table(config, comm)
         self.comm = comm
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        weights, indices = self.router(tokens)
+        logits = self.router(tokens)
+        panels = self._panels()
+        if panels is not None:
+            gate_up, proj = panels
+            output = self.ops.panel_experts(tokens, logits, gate_up, proj, self.experts_per_token, self.activation)
+        else:
+            output = self._one_by_one(tokens, logits)
+        return self.comm.all_reduce(output).view_as(x)
+
+    def _one_by_one(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        weights, indices = self.ops.route_experts(logits, self.experts_per_token)
         output = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
             rows, place = torch.where(indices == number)
             if rows.numel():
                 weighted = expert(tokens[rows]) * weights[rows, place].unsqueeze(-1)
                 output = output.index_add(0, rows, weighted.to(output.dtype))
-        return self.comm.all_reduce(output).view_as(x)
+        return output
+
+    def _panels(self) -> tuple[list[Panels], list[Panels]] | None:
+        """The experts' weights where one op can run them all: in panels, all in one format, without biases."""
+        experts = [expert for expert in self.experts if isinstance(expert, GatedMLP)]
+        gate_up = [expert.gate_up.panels() for expert in experts]
+        proj = [expert.proj.panels() for expert in experts]
+        found = [part for part in (*gate_up, *proj) if part is not None]
+        if len(found) < 2 * len(gate_up) or len({(part.format, part.outputs) for part in found}) > 2:
+            return None
+        if found[0].outputs // 2 % LANES:
+            return None
+        return found[: len(gate_up)], found[len(gate_up) :]

@@ -22,6 +22,10 @@ class RmsNorm(PiecewiseModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.epsilon)
 
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual, and that sum normalised."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.epsilon)
+
     def pieces(self) -> list[Piece]:
         rows = slice(0, self.weight.shape[0])
         return [parameter_piece("weight", self.weight, self.weight.shape[0], rows, rows)]

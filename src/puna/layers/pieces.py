@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.ops import OpSpec, OpTable, table
+from puna.quantization import GroupQuantized
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Piece:
 
     `name` is relative to the layer ("q.weight" of a fused q/k/v projection), `full_shape` is the shape in a checkpoint,
     `source` the slices of it that this rank holds. `write` takes the tensor at those slices and puts it in place,
-    padding included; `read` gives it back.
+    padding included; `read` gives it back. Weights that a format holds also have `write_groups`, which takes what a
+    checkpoint holds quantised, and `store_as`, which chooses the format by name before the weight has storage.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Piece:
     source: tuple[slice, ...]
     write: Callable[[Tensor], None]
     read: Callable[[], Tensor]
+    write_groups: Callable[[GroupQuantized], None] | None = None
+    store_as: Callable[[str], None] | None = None
 
 
 class PiecewiseModule(nn.Module, ABC):
@@ -61,5 +65,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def op_table(config: LLaMAConfig, comm: Communicator) -> OpTable:
-    """The ops that a layer of this model calls on this rank's device."""
-    return table(OpSpec(device=comm.device, dtype=torch_dtype(config.dtype), head_size=config.head_size))
+    """The ops that a layer of this model calls on this rank's device: differentiable ones where the weights are."""
+    differentiable = config.quant == "none"
+    dtype, size = torch_dtype(config.dtype), config.head_size
+    return table(OpSpec(device=comm.device, dtype=dtype, head_size=size, differentiable=differentiable))

@@ -31,6 +31,7 @@ def load_model(
     device: torch.device | str = "cpu",
     mapping: Mapping | None = None,
     comm: Communicator | None = None,
+    quantization: str | None = None,
 ) -> LLaMAForCausalLM:
     """Loads a checkpoint: a folder, or the id of one on the Hugging Face hub, or "demo" for the model in the package,
     or one that is open.
@@ -39,12 +40,15 @@ def load_model(
     `mapping` of several ranks, this rank's slice alone is read, and torch.distributed must be initialised; `comm`
     brings another communicator instead.
 
+    `quantization` is for inference only: weights in the layout of the compiled kernels, "bf16", "int8", "int4", or
+    "stored", each as the checkpoint has it. None gives plain matrices, which can be trained.
+
     Raises FileNotFoundError where there is no checkpoint, and ValueError, before any weight is read, for an
     architecture or option that is not supported, and for missing, surplus, misshapen or truncated tensors.
     """
     checkpoint = open_checkpoint(path)
     architecture = read_architecture(checkpoint.config_fields, checkpoint.config_source)
-    return load_weights(MODELS[architecture], checkpoint, dtype, device, mapping, comm)
+    return load_weights(MODELS[architecture], checkpoint, dtype, device, mapping, comm, quantization)
 
 
 __all__ = ["MODELS", "LLaMAForCausalLM", "load_model"]

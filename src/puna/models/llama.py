@@ -18,7 +18,7 @@ from puna.layers.linear import ColumnLinear, Segment
 from puna.layers.mlp import GatedMLP
 from puna.layers.norm import RmsNorm
 from puna.layers.params import AttentionParams, KeyValueCacheParams
-from puna.layers.pieces import Piece, PiecewiseModule, torch_dtype
+from puna.layers.pieces import Piece, PiecewiseModule, op_table, torch_dtype
 from puna.layers.rotary import RotaryEmbedding
 from puna.mapping import Mapping
 from puna.models.generation_mixin import GenerationMixin
@@ -42,6 +42,7 @@ class LLaMADecoderLayer(nn.Module):
         self.attention = Attention(config, layer_idx, comm)
         self.post_layernorm = RmsNorm(config.hidden_size, config, comm)
         self.mlp = self.build_mlp(config, comm)
+        self.ops = op_table(config, comm)
 
     def build_mlp(self, config: LLaMAConfig, comm: Communicator) -> nn.Module:
         """The feed-forward part; a family with another kind overrides this."""
@@ -59,8 +60,8 @@ class LLaMADecoderLayer(nn.Module):
         attended, present = self.attention(
             self.input_layernorm(hidden_states), position_ids, attention_mask, kv_cache_params, attention_params
         )
-        hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_layernorm(hidden_states))
+        hidden_states, normalized = self.post_layernorm.after_adding(hidden_states, attended)
+        hidden_states = self.ops.add(hidden_states, self.mlp(normalized))
         return (hidden_states, present) if use_cache else hidden_states
 
 
@@ -183,7 +184,7 @@ class LLaMAForCausalLM(LLaMAModel, GenerationMixin):
     def tie_weights(self) -> None:
         """Makes `lm_head` share the embedding's weight where the config says so and both are on this rank."""
         if self.config.tie_embeddings and self.lm_head is not None and self.vocab_embedding is not None:
-            self.lm_head.weight = self.vocab_embedding.weight
+            self.lm_head.share_weight(self.vocab_embedding)
 
     def forward(  # type: ignore[override]  # last_token_ids stands where the API that this follows has it
         self,
@@ -203,8 +204,9 @@ class LLaMAForCausalLM(LLaMAModel, GenerationMixin):
         if self.lm_head is not None:
             if last_token_ids is not None:
                 packed = attention_params is not None
-                output = output[last_token_ids] if packed else output[torch.arange(len(output)), last_token_ids]
-            output = self.lm_head(output).to(torch_dtype(self.config.logits_dtype))
+                rows = last_token_ids if packed else torch.arange(len(output)) * output.shape[1] + last_token_ids
+                output = self.lm_head.ops.embedding(rows, output.flatten(0, -2))
+            output = self.lm_head(output, torch_dtype(self.config.logits_dtype))
         return output if presents is None else (output, presents)
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:

@@ -19,6 +19,7 @@ from puna.config import Dtype, LLaMAConfig
 from puna.distributed import Communicator, NullCommunicator, TorchCommunicator
 from puna.layers.pieces import Piece
 from puna.mapping import Mapping
+from puna.quantization import QUANTIZATIONS, stored_format
 
 if TYPE_CHECKING:
     from puna.models.llama import LLaMAForCausalLM
@@ -36,14 +37,15 @@ def load_weights(
     device: torch.device | str = "cpu",
     mapping: Mapping | None = None,
     comm: Communicator | None = None,
+    quantization: str | None = None,
 ) -> Model:
     """Builds the class for a checkpoint and fills it; see `puna.load_model`.
 
     Peak memory is that of this rank's weights and the largest tensor: everything is checked first on a model without
-    storage, then each tensor is read, copied into place and dropped.
+    storage, then each tensor is read, converted into place and dropped.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    config = resolved_config(checkpoint, dtype)
+    config = resolved_config(checkpoint, dtype, quantization)
     if model_class.architecture != config.architecture:
         raise ValueError(
             f"{checkpoint.source} is a {config.architecture}, not a {model_class.architecture}: use puna.load_model, "
@@ -58,17 +60,33 @@ def load_weights(
         whole = model if comm.mapping.world_size == 1 else model_class(config)
     check_tensors(checkpoint, dict(whole.pieces()), config)
     model.generation_config = checkpoint.generation_config
+    if config.quant == "stored":
+        _store_as_found(model, checkpoint)
 
     allocate(model, comm.device)
     pieces = list(model.pieces())
+    # Asked for another format, a quantised weight is rounded anew.
+    keeps_groups = config.quant == "stored"
     with _progress(is_first_rank=comm.mapping.rank == 0) as progress:
         task = progress.add_task(
             "loading weights", total=sum(_bytes_of(piece, checkpoint, name) for name, piece in pieces)
         )
         for name, piece in pieces:
-            piece.write(checkpoint.read(name, piece.source))
+            groups = checkpoint.read_groups(name, piece.source) if keeps_groups and piece.write_groups else None
+            if groups is not None and piece.write_groups is not None:
+                piece.write_groups(groups)
+            else:
+                piece.write(checkpoint.read(name, piece.source))
             progress.advance(task, _bytes_of(piece, checkpoint, name))
     return model.eval()
+
+
+def _store_as_found(model: LLaMAForCausalLM, checkpoint: Checkpoint) -> None:
+    """Chooses for each weight that the checkpoint holds quantised the format that keeps its numbers."""
+    for name, piece in model.pieces():
+        if piece.store_as is not None and checkpoint.is_quantized(name):
+            piece.store_as(stored_format(checkpoint.dtype(name)))
+    model.tie_weights()
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
@@ -102,10 +120,16 @@ def save_model(
     write_checkpoint(Path(folder), config, generation, tensors, extra_files or {})
 
 
-def resolved_config(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> LLaMAConfig:
+def resolved_config(
+    checkpoint: Checkpoint, dtype: str | torch.dtype | None, quantization: str | None = None
+) -> LLaMAConfig:
     """The checkpoint's config in the dtype asked for, or else the one that its config or else its tensors have."""
     fields = checkpoint.config_fields
     config = LLaMAConfig.from_fields(fields, checkpoint.config_source)
+    if quantization is not None:
+        if quantization not in (*QUANTIZATIONS, "stored"):
+            raise ValueError(f"quantization is {quantization!r}: use {', '.join(QUANTIZATIONS)}, or None")
+        config = dataclasses.replace(config, quant=quantization)
     if dtype is None and fields.get("torch_dtype") is None and fields.get("dtype") is None and checkpoint.names:
         # Norms are sometimes kept in float32: the largest tensor is what the model is stored in.
         largest = max(checkpoint.names, key=lambda name: math.prod(checkpoint.shape(name)))

@@ -8,23 +8,28 @@ heads, K key/value heads, D head size, E hidden, F mlp hidden, N outputs of a li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from puna.ops import reference
+from puna.ops import cpu, reference
+from puna.ops.panels import Panels
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpSpec:
-    """What a backend is told before it says whether it supports an op."""
+    """What a backend is told before it says whether it supports an op.
+
+    differentiable: gradients must flow through the op, as in training.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_size: int
+    differentiable: bool = True
 
 
 class PagedAttention(Protocol):
@@ -53,13 +58,30 @@ class DenseAttention(Protocol):
     ) -> Tensor: ...
 
 
+class Experts(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        router_logits: Tensor,
+        gate_up: Sequence[Panels],
+        proj: Sequence[Panels],
+        experts_per_token: int,
+        activation: str,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class OpTable:
     """The chosen function for each op. The reference backend's docstrings say what each one computes.
 
-    embedding(token_ids [...], weight [V, E]) -> [..., E]
+    embedding(token_ids [...], weight [V, E]) -> [..., E]; also any other choice of rows of a matrix
+    panel_embedding(token_ids [...], panels of [V, E], dtype) -> [..., E]
     linear(x [..., E], weight [N, E], bias [N] or None) -> [..., N]
+    panel_linear(x [..., E], panels of [N, E], bias [N] or None, dtype of the result) -> [..., N]
+    panel_gated_linear(x [..., E], panels of [2 F, E], bias [2 F] or None, name of the activation) -> [..., F]
+    add(a [..., E], b [..., E]) -> [..., E]
     rms_norm(x [..., E], weight [E], epsilon) -> [..., E]
+    add_rms_norm(x [..., E], residual [..., E], weight [E], epsilon) -> sum [..., E], norm of the sum [..., E]
     rotary(x [..., heads, D], cos [..., D / 2], sin [..., D / 2]) -> [..., heads, D]
     gated_activation(gate_up [..., 2 F], name of the activation) -> [..., F]
     attention(query [B, H, S, D], key [B, K, L, D], value, key_mask [B, L] or None, scale, window) -> [B, H, S, D]
@@ -67,17 +89,25 @@ class OpTable:
     paged_attention(query [T, H, D], caches, block_tables [B, blocks], query_starts [B + 1], sequence_lengths [B],
         scale, window) -> [T, H, D]
     route_experts(router_logits [T, experts], experts per token) -> weights [T, k], expert indices [T, k]
+    panel_experts(x [T, E], router_logits [T, experts], gate_up panels and proj panels of each expert, experts per
+        token, name of the activation) -> [T, E]
     """
 
     embedding: Callable[[Tensor, Tensor], Tensor]
+    panel_embedding: Callable[[Tensor, Panels, torch.dtype], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    panel_linear: Callable[[Tensor, Panels, Tensor | None, torch.dtype], Tensor]
+    panel_gated_linear: Callable[[Tensor, Panels, Tensor | None, str], Tensor]
+    add: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_activation: Callable[[Tensor, str], Tensor]
     attention: DenseAttention
     store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: PagedAttention
     route_experts: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    panel_experts: Experts
 
 
 OP_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(OpTable))
@@ -102,6 +132,28 @@ class ReferenceBackend:
         return found
 
 
+class CompiledBackend:
+    """The kernels in csrc/, for inference on the CPU."""
+
+    name = "compiled"
+
+    def function(self, op: str, spec: OpSpec) -> Callable[..., Any] | str:
+        if not cpu.compiled():
+            return "the kernels are not built: install puna with a C++ compiler at hand"
+        if spec.differentiable:
+            return "the kernels have no gradients"
+        if op in _REFERENCE_ONLY:
+            return "not part of the packed path"
+        if spec.head_size > 256:
+            return f"heads of {spec.head_size} numbers are more than the 256 of the kernels"
+        found: Callable[..., Any] = getattr(cpu, op)
+        return found
+
+
+# What only the dense path and row-major weights use, which is there for training and as the oracle.
+_REFERENCE_ONLY = ("linear", "attention", "route_experts")
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which backend serves an op, and why the ones that come before it do not."""
@@ -113,8 +165,8 @@ class Choice:
 
 def backends_for(device: torch.device) -> tuple[Backend, ...]:
     """The backends of a device, the preferred one first. The last one, the reference, supports everything."""
-    # Compiled CPU kernels and Triton kernels are put in front of the reference here, by the device's type.
-    return (ReferenceBackend(),)
+    # Triton kernels are put in front of the reference here too, by the device's type.
+    return (CompiledBackend(), ReferenceBackend()) if device.type == "cpu" else (ReferenceBackend(),)
 
 
 def choose(spec: OpSpec, backends: Iterable[Backend] | None = None) -> tuple[OpTable, tuple[Choice, ...]]:

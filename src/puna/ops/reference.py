@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from puna.ops.panels import Panels
 
 # Elements of keys that paged_attention gathers at a time: 16 MiB in float32, and as much for the values.
 MAX_GATHERED: Final = 1 << 22
@@ -17,9 +20,33 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(token_ids, weight)
 
 
+def panel_embedding(token_ids: Tensor, panels: Panels, dtype: torch.dtype) -> Tensor:
+    """The same from panels of [V, E] -> [..., E] in `dtype`."""
+    return F.embedding(token_ids, panels.dequantize(0, panels.outputs)).to(dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., E] @ weight [N, E] transposed, plus bias [N] -> [..., N]."""
     return F.linear(x, weight, bias)
+
+
+def panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [..., E] @ a weight [N, E] in panels, plus bias [N] -> [..., N] in `dtype`; the sums are in float32.
+
+    Compiled kernels also round x to int8, in groups of 32, where the weight is in groups.
+    """
+    weight = panels.dequantize(0, panels.outputs)
+    return F.linear(x.float(), weight, None if bias is None else bias.float()).to(dtype)
+
+
+def panel_gated_linear(x: Tensor, panels: Panels, bias: Tensor | None, activation: str) -> Tensor:
+    """activation(gate) * up, where gate and up are the two halves of panel_linear's result [..., 2 F] -> [..., F]."""
+    return gated_activation(panel_linear(x, panels, bias, torch.float32), activation).to(x.dtype)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, of one shape."""
+    return a + b
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -27,6 +54,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + residual, and the rms_norm of that sum."""
+    total = x + residual
+    return total, rms_norm(total, weight, epsilon)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -173,3 +206,25 @@ def route_experts(router_logits: Tensor, experts_per_token: int) -> tuple[Tensor
     probabilities = torch.softmax(router_logits.float(), dim=-1)
     weights, indices = torch.topk(probabilities, experts_per_token, dim=-1)
     return weights / weights.sum(dim=-1, keepdim=True), indices
+
+
+def panel_experts(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[Panels],
+    proj: Sequence[Panels],
+    experts_per_token: int,
+    activation: str,
+) -> Tensor:
+    """The weighted sum of each token's experts: x [T, E], router_logits [T, experts] -> [T, E], summed in float32.
+
+    Expert i is proj[i] (panels of [E, F]) of the gated activation of gate_up[i] (panels of [2 F, E]).
+    """
+    weights, indices = route_experts(router_logits, experts_per_token)
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for number, (first, second) in enumerate(zip(gate_up, proj, strict=True)):
+        rows, place = torch.where(indices == number)
+        if rows.numel():
+            inner = panel_gated_linear(x[rows], first, None, activation)
+            total.index_add_(0, rows, panel_linear(inner, second, None, torch.float32) * weights[rows, place, None])
+    return total.to(x.dtype)

@@ -1,0 +1,124 @@
+"""DensePanels, GroupPanels: weights in the layout of the compiled kernels, for inference only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from puna.ops import OpTable
+from puna.ops.panels import BLOCK, PanelFormat, Panels
+from puna.quantization.groups import GroupQuantized
+from puna.quantization.rounding import round_to_groups
+
+# Weights that are converted at a time: 16 MiB in float32, a few times that with what the conversion makes on its way.
+_CHUNK = 1 << 22
+
+
+class _PanelFormat(ABC):
+    """What both share: one uint8 parameter, `weight`, of whole panels."""
+
+    parameter_names = ("weight",)
+
+    def __init__(self, name: str, form: PanelFormat, outputs: int, inputs: int) -> None:
+        self.name = name
+        self.form = form
+        self.outputs, self.inputs = outputs, inputs
+
+    def create_parameters(self) -> dict[str, nn.Parameter]:
+        empty = torch.empty(self.form.buffer_shape(self.outputs, self.inputs), dtype=torch.uint8)
+        return {"weight": nn.Parameter(empty, requires_grad=False)}
+
+    def panels(self, parameters: Mapping[str, Tensor]) -> Panels:
+        return Panels(parameters["weight"].detach(), self.form, self.outputs, self.inputs)
+
+    def write(self, parameters: Mapping[str, Tensor], rows: slice, dense: Tensor) -> None:
+        panels = self.panels(parameters)
+        step = max(1, _CHUNK // self.inputs // BLOCK) * BLOCK
+        for start in range(0, dense.shape[0], step):
+            self._write(panels, rows.start + start, dense[start : start + step])
+        self._clear_padding(panels, rows)
+
+    def write_groups(self, parameters: Mapping[str, Tensor], rows: slice, groups: GroupQuantized) -> None:
+        self.write(parameters, rows, groups.dequantize())
+
+    @abstractmethod
+    def _write(self, panels: Panels, first: int, dense: Tensor) -> None: ...
+
+    def _clear_padding(self, panels: Panels, rows: slice) -> None:
+        # Storage comes unset, and the kernels multiply whole panels.
+        if rows.stop == self.outputs:
+            panels.clear_padding()
+
+    def read(self, parameters: Mapping[str, Tensor], rows: slice) -> Tensor:
+        return self.panels(parameters).dequantize(rows.start, rows.stop - rows.start)
+
+    def linear(
+        self, ops: OpTable, x: Tensor, parameters: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        return ops.panel_linear(x, self.panels(parameters), bias, dtype)
+
+    def gated_linear(
+        self, ops: OpTable, x: Tensor, parameters: Mapping[str, Tensor], bias: Tensor | None, activation: str
+    ) -> Tensor:
+        return ops.panel_gated_linear(x, self.panels(parameters), bias, activation)
+
+    def embedding(
+        self, ops: OpTable, token_ids: Tensor, parameters: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        return ops.panel_embedding(token_ids, self.panels(parameters), dtype)
+
+
+class DensePanels(_PanelFormat):
+    """The numbers themselves, in float32, bfloat16 or float16."""
+
+    def __init__(self, dtype: torch.dtype, outputs: int, inputs: int) -> None:
+        super().__init__(str(dtype).removeprefix("torch."), PanelFormat(dtype), outputs, inputs)
+
+    def _write(self, panels: Panels, first: int, dense: Tensor) -> None:
+        panels.write_dense(first, dense)
+
+    def read(self, parameters: Mapping[str, Tensor], rows: slice) -> Tensor:
+        return self.panels(parameters).read_dense(rows.start, rows.stop - rows.start)
+
+
+class GroupPanels(_PanelFormat):
+    """Codes of 8 or 4 bits; each group of 16 or 32 inputs has a float16 scale, and perhaps a float16 minimum."""
+
+    def _write(self, panels: Panels, first: int, dense: Tensor) -> None:
+        padding = -self.inputs % BLOCK
+        if padding:
+            dense = nn.functional.pad(dense, (0, padding))
+        panels.write_groups(first, *round_to_groups(dense, self.form))
+
+    def write_groups(self, parameters: Mapping[str, Tensor], rows: slice, groups: GroupQuantized) -> None:
+        fitting = self._fitting(groups)
+        if fitting is None:
+            self.write(parameters, rows, groups.dequantize())
+            return
+        panels = self.panels(parameters)
+        panels.write_groups(rows.start, *fitting)
+        self._clear_padding(panels, rows)
+
+    def _fitting(self, groups: GroupQuantized) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Codes, scales and minimums as this format has them, or None where it can't hold these groups as they are."""
+        form = self.form
+        if groups.group_size % form.group_size or groups.shape[1] != self.inputs or self.inputs % BLOCK:
+            return None
+        codes, scales, minimums = groups.codes, groups.scales, groups.minimums
+        if not form.minimums:
+            if minimums is not None:
+                return None
+            codes = codes + (form.zero - groups.zero)  # uint8 wraps around, and back where the zero was the larger one
+        else:
+            offset = scales * -float(groups.zero)
+            minimums = offset if minimums is None else minimums + offset
+        repeats = groups.group_size // form.group_size
+        if repeats > 1:  # larger groups, as AWQ's and GPTQ's: each of ours has the same scale
+            scales = scales.repeat_interleave(repeats, dim=1)
+            minimums = None if minimums is None else minimums.repeat_interleave(repeats, dim=1)
+        if form.bits == 4 and int(codes.max()) > 15:
+            return None
+        return codes, scales, minimums
