@@ -58,11 +58,13 @@ def write_gguf(
     metadata: Mapping[str, Any] = MappingProxyType({}),
     without: tuple[str, ...] = (),
     pre: str = "gpt-2",
+    replaced: Mapping[str, tuple[np.ndarray[Any, Any], str]] = MappingProxyType({}),
 ) -> Path:
     """Writes the model in `folder`, and its tokenizer if it has one.
 
     Matrices become `tensor_type` (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1) if their rows have whole blocks, and
-    F32 otherwise. `metadata` adds or replaces values, `without` leaves some out; `pre` names a BPE's pre-tokenizer.
+    F32 otherwise. `metadata` adds or replaces values, `without` leaves values and tensors out; `pre` names a BPE's
+    pre-tokenizer; `replaced` brings the rows of bytes of tensors, with their type.
     """
     config = LLaMAConfig.from_hugging_face(folder)
     arch = ARCHITECTURES[config.architecture]
@@ -71,7 +73,11 @@ def write_gguf(
     for name, value in values.items():
         if name not in without:
             _add(writer, name, value)
+    for name, (rows, kind_name) in replaced.items():
+        writer.add_tensor(name, rows, raw_dtype=Type[kind_name])
     for name, tensor in converted_tensors(folder, config, split_experts).items():
+        if name in replaced or name in without:
+            continue
         kind = Type[tensor_type] if tensor.ndim > 1 and not name.endswith("ffn_gate_inp.weight") else Type.F32
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = Type.F32

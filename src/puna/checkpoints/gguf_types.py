@@ -215,6 +215,7 @@ _OTHER_NAMES: Final = MappingProxyType(
         35: "TQ2_0",
         39: "MXFP4",
         40: "NVFP4",
+        41: "Q1_0",
     }
 )
 

@@ -104,7 +104,7 @@ def report_on(path: str, dtype: str | None = None) -> ModelReport:
         report.memory = {part: n * DTYPE_BYTES[config.dtype] for part, n in report.parameters.items()}
         if config.num_experts:
             report.parameters["active"] = counts.active
-    _describe_text(report, folder)
+    _describe_text(report, folder, checkpoint)
     return report
 
 
@@ -178,17 +178,19 @@ def _describe_tensors(report: ModelReport, checkpoint: Checkpoint, config: LLaMA
     elements: dict[str, int] = {}
     for name in checkpoint.names:
         count = 1
-        for size in checkpoint.shape(name):
-            count *= size
+        for length in checkpoint.shape(name):
+            count *= length
         part = part_of(name)
         elements[part] = elements.get(part, 0) + count
-        stored[part] = stored.get(part, 0) + count * _ELEMENT_BYTES.get(checkpoint.dtype(name), 1)
-    size = sum(stored.values())
-    report.add("weights", f"{', '.join(dtypes)}; {len(checkpoint.names)} tensors, {size / 2**20:.1f} MiB", dtypes)
-    report.fields["stored_bytes"] = size
+        size = checkpoint.stored_bytes(name)
+        size = count * _ELEMENT_BYTES.get(checkpoint.dtype(name), 1) if size is None else size
+        stored[part] = stored.get(part, 0) + size
+    total = sum(stored.values())
+    report.add("weights", f"{', '.join(dtypes)}; {len(checkpoint.names)} tensors, {total / 2**20:.1f} MiB", dtypes)
+    report.fields["stored_bytes"] = total
     if config is None:
         order = [part for part in _ORDER if part in stored]
-        report.memory = {**{part: stored[part] for part in order}, "total": size}
+        report.memory = {**{part: stored[part] for part in order}, "total": total}
         if set(dtypes) <= set(DTYPE_BYTES):  # elements of packed integers are not parameters
             report.parameters = {**{part: elements[part] for part in order}, "total": sum(elements.values())}
         return
@@ -208,7 +210,7 @@ def part_of(name: str) -> str:
     return "other"
 
 
-def _describe_text(report: ModelReport, folder: Path) -> None:
+def _describe_text(report: ModelReport, folder: Path, checkpoint: Checkpoint | None) -> None:
     try:
         tokenizer = Tokenizer.from_pretrained(folder)
     except (FileNotFoundError, ValueError) as error:
@@ -219,7 +221,7 @@ def _describe_text(report: ModelReport, folder: Path) -> None:
         has_template = tokenizer.chat_template is not None
         report.add("chat template", "yes" if has_template else "no", has_template)
     try:
-        recommended = GenerationConfig.from_hugging_face(folder)
+        recommended = checkpoint.generation_config if checkpoint else GenerationConfig.from_hugging_face(folder)
     except ValueError as error:
         report.problem = report.problem or str(error)
         return
