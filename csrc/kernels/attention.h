@@ -18,7 +18,7 @@ namespace puna::PUNA_LEVEL {
 
 constexpr int kSpan = 64;  // positions whose scores are computed together
 constexpr int kSpanStrips = kSpan / kStrip;
-constexpr int kTaskRows = 64;
+constexpr int kRowsPerTask = 64;
 
 // Vectors of accumulators in registers.
 #if defined(PUNA_AVX512)
@@ -481,10 +481,10 @@ struct Task {
   std::int64_t group, padded;
 
   // Of each row: the absolute positions that it sees.
-  std::int64_t begins[kTaskRows], ends[kTaskRows];
+  std::int64_t begins[kRowsPerTask], ends[kRowsPerTask];
   typename Path::Queries queries;
-  RowSums partition[kTaskRows], all[kTaskRows];
-  bool any[kTaskRows];  // whether `all` holds a partition
+  RowSums partition[kRowsPerTask], all[kRowsPerTask];
+  bool any[kRowsPerTask];  // whether `all` holds a partition
 
   // Memory of this thread: what the rows need. At D = 256: 64 KB each of queries and twice of sums.
   void prepare(std::int64_t first_position) {
@@ -755,8 +755,8 @@ inline void attend(const PagedAttentionArgs& args, Worker& worker) {
         const std::int64_t b = cursor % args.sequences, tokens = tokens_of(b);
         const bool multiple = cursor < args.sequences;
         count = multiple != (tokens > 1) || tokens < 1 ? 0
-                : multiple ? (tokens * group + kTaskRows - 1) / kTaskRows * cache.kv_heads
-                           : (group + kTaskRows - 1) / kTaskRows * cache.kv_heads * parts_of(b);
+                : multiple ? (tokens * group + kRowsPerTask - 1) / kRowsPerTask * cache.kv_heads
+                           : (group + kRowsPerTask - 1) / kRowsPerTask * cache.kv_heads * parts_of(b);
         counted = true;
       }
       if (task_index < base + count) break;
@@ -764,15 +764,15 @@ inline void attend(const PagedAttentionArgs& args, Worker& worker) {
     }
     if (cursor >= 2 * args.sequences) break;
     const std::int64_t b = cursor % args.sequences, tokens = tokens_of(b), length = length_of(b);
-    const std::int64_t parts = parts_of(b), row_blocks = (tokens * group + kTaskRows - 1) / kTaskRows;
+    const std::int64_t parts = parts_of(b), row_blocks = (tokens * group + kRowsPerTask - 1) / kRowsPerTask;
     // Key/value heads change slowest for a single token, where the partitions of a head follow each other in memory.
     std::int64_t index = task_index - base;
     const std::int64_t part = first_part(b) + index % parts;
     index /= parts;
     const std::int64_t kv_head = tokens > 1 ? index % cache.kv_heads : index / row_blocks;
     const std::int64_t row_block = tokens > 1 ? row_blocks - 1 - index / cache.kv_heads : index % row_blocks;
-    const std::int64_t row_begin = row_block * kTaskRows;
-    const std::int64_t rows = tokens * group - row_begin < kTaskRows ? tokens * group - row_begin : kTaskRows;
+    const std::int64_t row_begin = row_block * kRowsPerTask;
+    const std::int64_t rows = tokens * group - row_begin < kRowsPerTask ? tokens * group - row_begin : kRowsPerTask;
     OneTask task{args, worker, b, kv_head, row_begin, rows, group, padded, {}, {}, {}, {}, {}, {}};
     task.prepare(length - tokens);
     if (!blocks_are_valid(args, b, task.begins[0], task.ends[rows - 1])) {
