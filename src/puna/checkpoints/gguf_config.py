@@ -130,7 +130,8 @@ def _refuse_unsupported(reader: FieldReader) -> None:
 def _family(reader: FieldReader, architecture: str, tensors: Mapping[str, TensorEntry]) -> dict[str, Any]:
     """What differs between the families: which one it is, windows, experts and biases."""
     window = reader.optional_integer("attention.sliding_window") or None
-    experts, experts_per_token = reader.integer("expert_count", 0), reader.integer("expert_used_count", 0)
+    experts = reader.integer("expert_count", 0)
+    experts_per_token = reader.count("expert_used_count") if experts else reader.integer("expert_used_count", 0)
     if architecture != "llama":
         name = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[architecture]
         if experts:
