@@ -13,7 +13,7 @@ from puna.config import read_architecture
 from puna.distributed import Communicator
 from puna.mapping import Mapping
 from puna.models.llama import LLaMAForCausalLM
-from puna.models.loading import load_weights
+from puna.models.loading import ModelLoader
 from puna.models.mistral import MistralForCausalLM
 from puna.models.mixtral import MixtralForCausalLM
 from puna.models.qwen2 import Qwen2ForCausalLM
@@ -46,9 +46,21 @@ def load_model(
     Raises FileNotFoundError where there is no checkpoint, and ValueError, before any weight is read, for an
     architecture or option that is not supported, and for missing, surplus, misshapen or truncated tensors.
     """
+    return model_loader(path, dtype, device, mapping, comm, quantization).load()
+
+
+def model_loader(
+    path: str | Path | Checkpoint,
+    dtype: str | torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    mapping: Mapping | None = None,
+    comm: Communicator | None = None,
+    quantization: str | None = None,
+) -> ModelLoader[LLaMAForCausalLM]:
+    """The first half of `load_model`, with the same arguments and errors: nothing is allocated yet."""
     checkpoint = open_checkpoint(path)
     architecture = read_architecture(checkpoint.config_fields, checkpoint.config_source)
-    return load_weights(MODELS[architecture], checkpoint, dtype, device, mapping, comm, quantization)
+    return ModelLoader(MODELS[architecture], checkpoint, dtype, device, mapping, comm, quantization)
 
 
-__all__ = ["MODELS", "LLaMAForCausalLM", "load_model"]
+__all__ = ["MODELS", "LLaMAForCausalLM", "load_model", "model_loader"]

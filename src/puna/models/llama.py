@@ -22,7 +22,7 @@ from puna.layers.pieces import Piece, PiecewiseModule, op_table, torch_dtype
 from puna.layers.rotary import RotaryEmbedding
 from puna.mapping import Mapping
 from puna.models.generation_mixin import GenerationMixin
-from puna.models.loading import load_weights
+from puna.models.loading import ModelLoader
 from puna.models.names import LLAMA_NAMES, NameMap
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class LLaMAForCausalLM(LLaMAModel, GenerationMixin):
         comm: Communicator | None = None,
     ) -> Self:
         """Loads a checkpoint of this class's architecture; see `puna.load_model` for the arguments and errors."""
-        return load_weights(cls, path, dtype, device, mapping, comm)
+        return ModelLoader(cls, path, dtype, device, mapping, comm).load()
 
     def tie_weights(self) -> None:
         """Makes `lm_head` share the embedding's weight where the config says so and both are on this rank."""

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping as ReadOnlyDict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Generic, TypeVar, cast, get_args
 
 import torch
 from rich.console import Console
@@ -30,55 +30,67 @@ Model = TypeVar("Model", bound="LLaMAForCausalLM")
 _DERIVED_TENSORS = (".rotary_emb.inv_freq",)
 
 
-def load_weights(
-    model_class: type[Model],
-    path: str | Path | Checkpoint,
-    dtype: str | torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    mapping: Mapping | None = None,
-    comm: Communicator | None = None,
-    quantization: str | None = None,
-) -> Model:
-    """Builds the class for a checkpoint and fills it; see `puna.load_model`.
+class ModelLoader(Generic[Model]):
+    """A model without storage, checked against its checkpoint and ready to be filled; see `puna.load_model`.
 
-    Peak memory is that of this rank's weights and the largest tensor: everything is checked first on a model without
-    storage, then each tensor is read, converted into place and dropped.
+    Peak memory of `load` is that of this rank's weights and the largest tensor: each one is read, converted into place
+    and dropped.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    config = resolved_config(checkpoint, dtype, quantization)
-    if model_class.architecture != config.architecture:
-        raise ValueError(
-            f"{checkpoint.source} is a {config.architecture}, not a {model_class.architecture}: use puna.load_model, "
-            "which picks the class"
-        )
-    if comm is None:
-        several = mapping is not None and mapping.world_size > 1
-        comm = TorchCommunicator(mapping, device) if several and mapping is not None else NullCommunicator(device)
-    _check_layers(checkpoint, config)
-    with torch.device("meta"):
-        model = model_class(config, comm)
-        whole = model if comm.mapping.world_size == 1 else model_class(config)
-    check_tensors(checkpoint, dict(whole.pieces()), config)
-    model.generation_config = checkpoint.generation_config
-    if config.quant == "stored":
-        _store_as_found(model, checkpoint)
 
-    allocate(model, comm.device)
-    pieces = list(model.pieces())
-    # Asked for another format, a quantised weight is rounded anew.
-    keeps_groups = config.quant == "stored"
-    with _progress(is_first_rank=comm.mapping.rank == 0) as progress:
-        task = progress.add_task(
-            "loading weights", total=sum(_bytes_of(piece, checkpoint, name) for name, piece in pieces)
-        )
-        for name, piece in pieces:
-            groups = checkpoint.read_groups(name, piece.source) if keeps_groups and piece.write_groups else None
-            if groups is not None and piece.write_groups is not None:
-                piece.write_groups(groups)
-            else:
-                piece.write(checkpoint.read(name, piece.source))
-            progress.advance(task, _bytes_of(piece, checkpoint, name))
-    return model.eval()
+    def __init__(
+        self,
+        model_class: type[Model],
+        path: str | Path | Checkpoint,
+        dtype: str | torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        mapping: Mapping | None = None,
+        comm: Communicator | None = None,
+        quantization: str | None = None,
+    ) -> None:
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        config = resolved_config(checkpoint, dtype, quantization)
+        if model_class.architecture != config.architecture:
+            raise ValueError(
+                f"{checkpoint.source} is a {config.architecture}, not a {model_class.architecture}: use "
+                "puna.load_model, which picks the class"
+            )
+        if comm is None:
+            several = mapping is not None and mapping.world_size > 1
+            comm = TorchCommunicator(mapping, device) if several and mapping is not None else NullCommunicator(device)
+        _check_layers(checkpoint, config)
+        with torch.device("meta"):
+            model = model_class(config, comm)
+            whole = model if comm.mapping.world_size == 1 else model_class(config)
+        check_tensors(checkpoint, dict(whole.pieces()), config)
+        model.generation_config = checkpoint.generation_config
+        if config.quant == "stored":
+            _store_as_found(model, checkpoint)
+        self.checkpoint, self.config, self.comm = checkpoint, config, comm
+        self._model = model
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights of this rank take."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+
+    def load(self) -> Model:
+        """Gives the model storage, fills it and hands it over; may be called once."""
+        model, checkpoint = self._model, self.checkpoint
+        allocate(model, self.comm.device)
+        pieces = list(model.pieces())
+        # Asked for another format, a quantised weight is rounded anew.
+        keeps_groups = self.config.quant == "stored"
+        with _progress(is_first_rank=self.comm.mapping.rank == 0) as progress:
+            total = sum(_bytes_of(piece, checkpoint, name) for name, piece in pieces)
+            task = progress.add_task("loading weights", total=total)
+            for name, piece in pieces:
+                groups = checkpoint.read_groups(name, piece.source) if keeps_groups and piece.write_groups else None
+                if groups is not None and piece.write_groups is not None:
+                    piece.write_groups(groups)
+                else:
+                    piece.write(checkpoint.read(name, piece.source))
+                progress.advance(task, _bytes_of(piece, checkpoint, name))
+        return model.eval()
 
 
 def _store_as_found(model: LLaMAForCausalLM, checkpoint: Checkpoint) -> None:
