@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import torch
 
+from gguf_writer import write_gguf
 from puna.checkpoints import hub, resolve_path
 from puna.models import load_model
 
@@ -339,3 +340,29 @@ def test_demo_is_the_model_in_the_package_unless_a_folder_of_that_name_has_a_mod
     assert resolve_path("demo") == packaged
     (tmp_path / "demo" / "config.json").write_text("{}")
     assert resolve_path("demo") == Path("demo")
+
+
+def test_one_gguf_file_of_a_repository(make: Make, tmp_path: Path, stand_in: Hub) -> None:
+    folder = publish(make, tmp_path)
+    plain = make(name="plain")
+    write_gguf(plain.path, folder.path / "model-Q8_0.gguf", "Q8_0")
+    write_gguf(plain.path, folder.path / "model-F32.gguf")
+    expected = load_model(plain.path)
+    for _ in range(2):  # the second time from the cache
+        model = load_model("owner/name:model-F32.gguf")
+        assert torch.equal(model.layers[1].mlp.proj.weight, expected.layers[1].mlp.proj.weight)
+        assert stand_in.downloaded() == ["model-F32.gguf"]
+    assert refused(FileNotFoundError, "owner/name:none.gguf") == (
+        "owner/name on the hub has no file none.gguf: look at its list of files"
+    )
+    assert NOT_DOWNLOADED in refused(FileNotFoundError, "owner/none:model-F32.gguf")
+
+
+def test_all_parts_of_a_split_gguf_model(tmp_path: Path, stand_in: Hub) -> None:
+    folder = tmp_path / "hub" / "owner" / "name" / "Q4"
+    folder.mkdir(parents=True)
+    names = [f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for name in (*names, "m-00001-of-00003.gguf", "other.gguf"):
+        (folder / name).write_bytes(name.encode())  # the cache keeps one copy of the same bytes
+    assert resolve_path(f"owner/name:Q4/{names[0]}").name == names[0]
+    assert stand_in.downloaded() == [f"Q4/{name}" for name in names]
