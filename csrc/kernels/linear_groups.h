@@ -198,10 +198,13 @@ PUNA_INLINE void multiply_panel(const std::byte* panel, std::int64_t blocks, con
   multiply_rows<kMost>(rows, Weight{panel}, blocks, x, x_stride, sums, following);
 }
 
-// The sums of one panel for many rows: chunks of blocks are made ready once, and used by tile after tile.
-template <class Weight>
-inline void multiply_panel_in_chunks(const std::byte* panel, std::int64_t blocks, const std::byte* x, std::int64_t x_stride,
-                                     int rows, float* sums, std::byte* ready, const std::byte* following) {
+// The sums of one panel for many rows: chunks of blocks are made ready once, and used by tile after tile. `finish(first, count)`
+// is told of each tile of rows whose sums are complete: the outputs are stored then and not at the end, since a store waits
+// for its line to come from memory, which costs nothing while the next tile is multiplied (5 to 15 % otherwise).
+template <class Weight, class Finish>
+PUNA_INLINE void multiply_panel_in_chunks(const std::byte* panel, std::int64_t blocks, const std::byte* x,
+                                          std::int64_t x_stride, int rows, float* sums, std::byte* ready,
+                                          const std::byte* following, const Finish& finish) {
   using Ready = ReadyBlocks<Weight::kGroups, Weight::kMinimums>;
   constexpr std::int64_t kRecord = Weight::kGroups == 2 ? 48 : 40;
   for (int i = 0; i < rows * kPanel; i += kLanes) store(sums + i, zero());
@@ -236,6 +239,7 @@ inline void multiply_panel_in_chunks(const std::byte* panel, std::int64_t blocks
       const int first = rows * t / tiles, last = rows * (t + 1) / tiles;
       multiply_rows<kDotRows>(last - first, chunk, count, x + begin * kRecord + first * x_stride, x_stride,
                                sums + first * kPanel, nullptr);
+      if (begin + kChunkBlocks >= blocks) finish(first, last - first);
     }
   }
 }
@@ -301,9 +305,16 @@ inline void linear_with_groups(const LinearArgs& a, Worker& worker) {
       const std::byte* panel = weight + i * panel_size;
       const std::byte* following = panel + panel_size;
       const std::byte* up = panel + panels * panel_size;
-      multiply_panel_in_chunks<Weight>(panel, blocks, x, x_stride, count, sums, local, a.gated ? up : following);
-      if (a.gated) multiply_panel_in_chunks<Weight>(up, blocks, x, x_stride, count, up_sums, local, following);
-      epilogue_store(a, sums, up_sums, first + begin, count, i);
+      const auto store = [&](int from, int many) {
+        const std::int64_t at = from * kPanel;
+        epilogue_store(a, sums + at, a.gated ? up_sums + at : nullptr, first + begin + from, many, i);
+      };
+      if (a.gated) {
+        multiply_panel_in_chunks<Weight>(panel, blocks, x, x_stride, count, sums, local, up, [](int, int) {});
+        multiply_panel_in_chunks<Weight>(up, blocks, x, x_stride, count, up_sums, local, following, store);
+      } else {
+        multiply_panel_in_chunks<Weight>(panel, blocks, x, x_stride, count, sums, local, following, store);
+      }
     }
   }
 }
