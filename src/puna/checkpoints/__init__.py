@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from puna.checkpoints.base import Checkpoint
+from puna.checkpoints.engine_directory import MANIFEST, EngineDirectory
 from puna.checkpoints.gguf import GGUFCheckpoint
 from puna.checkpoints.hub import resolve_path
 from puna.checkpoints.hugging_face import HuggingFaceCheckpoint
@@ -24,9 +25,11 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     folder = resolve_path(path)
     if folder.is_file():
         return GGUFCheckpoint(folder)
+    if (folder / MANIFEST).is_file():
+        return EngineDirectory(folder)
     if (folder / "params.json").is_file() and not (folder / "config.json").is_file():
         return MetaCheckpoint(folder)
     return HuggingFaceCheckpoint(folder)
 
 
-__all__ = ["Checkpoint", "open_checkpoint", "resolve_path", "write_checkpoint"]
+__all__ = ["Checkpoint", "EngineDirectory", "open_checkpoint", "resolve_path", "write_checkpoint"]

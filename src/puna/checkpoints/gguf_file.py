@@ -64,11 +64,12 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class _Value:
-    """Where a value lies: `kind` of the value itself, or of the `count` elements of an array."""
+    """Where a value lies: `kind` of the value itself, or of the `count` elements of an array; `stop` is its end."""
 
     kind: int
     offset: int
     count: int | None
+    stop: int
 
 
 class GGUFFile:
@@ -122,6 +123,20 @@ class GGUFFile:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{self.path}: {key} is not UTF-8 text: the file is damaged") from error
 
+    def without_tensors(self, prefix: str) -> bytes:
+        """A GGUF file of the values whose names begin so, and of nothing else."""
+        kept = {key: place for key, place in self._values.items() if key.startswith(prefix)}
+        parts = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], 0, len(kept))]
+        with self.path.open("rb") as file:
+            for key, place in kept.items():
+                name = key.encode()
+                kind = (place.kind,) if place.count is None else (_ARRAY, place.kind)
+                count = b"" if place.count is None else struct.pack("<Q", place.count)
+                file.seek(place.offset)
+                value = file.read(place.stop - place.offset)
+                parts += [struct.pack("<Q", len(name)), name, struct.pack(f"<{len(kind)}I", *kind), count, value]
+        return b"".join(parts)
+
     def _read_header(self, cursor: _Cursor) -> dict[str, TensorEntry]:
         self._refuse_other_formats(cursor.data[:4])
         cursor.position = 4
@@ -167,7 +182,7 @@ class GGUFFile:
         kind, count = cursor.integer("I"), None
         if kind == _ARRAY:
             kind, count = cursor.integer("I"), cursor.integer("Q")
-        place = _Value(kind, cursor.position, count)
+        start = cursor.position
         if kind == _STRING:
             for _ in range(1 if count is None else count):
                 cursor.skip_text()
@@ -176,7 +191,7 @@ class GGUFFile:
         else:
             what = "an array of arrays" if kind == _ARRAY else f"of the unknown type {kind}"
             raise ValueError(f"{self.path}: the metadata {key} is {what}, which puna does not read")
-        return place
+        return _Value(kind, start, count, cursor.position)
 
     def _read_entry(self, cursor: _Cursor) -> tuple[str, TensorType, tuple[int, ...], int]:
         name = self._name(cursor)

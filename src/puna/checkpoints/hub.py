@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub  # it loads its parts when they are first used, so this costs a local model next to nothing
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from puna.checkpoints.engine_directory import MANIFEST
 from puna.checkpoints.hugging_face import INDEX_FILE, SINGLE_FILE, index_files
 
 # Exact names, since a pattern such as *.json also matches the files of every subfolder.
@@ -41,7 +42,7 @@ def resolve_path(path: str | Path) -> Path:
     try:
         folder = Path(path).expanduser()
         # Many a working folder has a `demo` of its own; it is meant only if there is a model in it.
-        is_model = any((folder / name).is_file() for name in ("config.json", "params.json"))
+        is_model = any((folder / name).is_file() for name in ("config.json", "params.json", MANIFEST))
         if str(path) == "demo" and not is_model:
             return Path(__file__).parent.parent / "demo"
         if folder.is_dir():

@@ -25,6 +25,12 @@ class DtypeName(str, enum.Enum):
     float16 = "float16"
 
 
+class Quantization(str, enum.Enum):
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
+
+
 class EarlyStopping(str, enum.Enum):
     true = "true"
     false = "false"

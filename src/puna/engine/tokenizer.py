@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
+from puna.checkpoints.engine_directory import GGUF_TOKENIZER
 from puna.engine.chat_template import ChatTemplate
 from puna.engine.detokenizer import DecodeStream, Piece, SentencePieceStream, make_stream_factory
 from puna.engine.gguf_tokenizer import GGUFTokenizer
@@ -371,7 +372,7 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Tokenizer:
         """Reads tokenizer.json, else a sentencepiece tokenizer.model, and the configuration beside it; or, where
-        `folder` is a GGUF file, what is in that.
+        `folder` is a GGUF file or an engine directory that was built of one, what is in that.
 
         Raises ValueError, naming the file, for a folder without a tokenizer, a damaged or unsupported file, or special
         tokens that the tokenizer does not know.
@@ -379,6 +380,8 @@ class Tokenizer:
         folder = Path(folder)
         if folder.is_file():
             return cls._from_gguf(folder)
+        if (folder / GGUF_TOKENIZER).is_file():
+            return cls._from_gguf(folder / GGUF_TOKENIZER)
         json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
         if not json_path.is_file() and not model_path.is_file():
             raise ValueError(

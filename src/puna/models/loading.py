@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from collections.abc import Mapping as ReadOnlyDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast, get_args
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from torch import Tensor, nn
 
-from puna.checkpoints import Checkpoint, open_checkpoint, write_checkpoint
+from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint, write_checkpoint
+from puna.checkpoints.engine_directory import EngineDescription, TensorKind, text_files, writing_engine
 from puna.config import Dtype, LLaMAConfig
 from puna.distributed import Communicator, NullCommunicator, TorchCommunicator
 from puna.layers.pieces import Piece
@@ -61,12 +63,18 @@ class ModelLoader(Generic[Model]):
         with torch.device("meta"):
             model = model_class(config, comm)
             whole = model if comm.mapping.world_size == 1 else model_class(config)
-        check_tensors(checkpoint, dict(whole.pieces()), config)
+        if isinstance(checkpoint, EngineDirectory):
+            _check_use(checkpoint, comm)
+            formats = checkpoint.description.weight_formats
+        else:
+            check_tensors(checkpoint, dict(whole.pieces()), config)
+            formats = _weight_formats(model, checkpoint)
+        _store_as(model, formats, checkpoint)
+        if isinstance(checkpoint, EngineDirectory):
+            checkpoint.check(_kinds(model))
         model.generation_config = checkpoint.generation_config
-        if config.quant == "stored":
-            _store_as_found(model, checkpoint)
         self.checkpoint, self.config, self.comm = checkpoint, config, comm
-        self._model = model
+        self._model, self._formats = model, formats
 
     @property
     def weight_bytes(self) -> int:
@@ -74,10 +82,38 @@ class ModelLoader(Generic[Model]):
         return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
 
     def load(self) -> Model:
-        """Gives the model storage, fills it and hands it over; may be called once."""
-        model, checkpoint = self._model, self.checkpoint
-        allocate(model, self.comm.device)
-        pieces = list(model.pieces())
+        """Gives the model storage, fills it and hands it over. One call of `load` or `build` may be made."""
+        if isinstance(self.checkpoint, EngineDirectory):
+            mapped = self.checkpoint.map(_kinds(self._model))
+            _place(self._model, lambda name, _: mapped[name])
+        else:
+            allocate(self._model, self.comm.device)
+            self._fill()
+        return self._model.eval()
+
+    def build(self, target: str | Path) -> None:
+        """Fills the model in the file of an engine directory; see `writing_engine`.
+
+        What `load` would need is needed here as pages of the file, which the system may write out as they are filled.
+        Raises ValueError for weights that are no engine's, and where there is something at `target`.
+        """
+        if isinstance(self.checkpoint, EngineDirectory):
+            raise ValueError(f"{self.checkpoint.source} is an engine directory already: build from the original model")
+        if self.config.quant == "none" or self.comm.mapping.world_size > 1:
+            raise ValueError("an engine directory holds a whole model for inference: give a quantization, no mapping")
+        description = EngineDescription(
+            source=self.checkpoint.source,
+            quantization=self.config.quant,
+            config_fields=self.config.to_hugging_face(),
+            weight_formats=self._formats,
+        )
+        others = text_files(self.checkpoint)
+        with writing_engine(Path(target), description, _kinds(self._model), others) as storage:
+            _place(self._model, lambda name, _: storage[name])
+            self._fill()
+
+    def _fill(self) -> None:
+        checkpoint, pieces = self.checkpoint, list(self._model.pieces())
         # Asked for another format, a quantised weight is rounded anew.
         keeps_groups = self.config.quant == "stored"
         with _progress(is_first_rank=self.comm.mapping.rank == 0) as progress:
@@ -90,15 +126,42 @@ class ModelLoader(Generic[Model]):
                 else:
                     piece.write(checkpoint.read(name, piece.source))
                 progress.advance(task, _bytes_of(piece, checkpoint, name))
-        return model.eval()
 
 
-def _store_as_found(model: LLaMAForCausalLM, checkpoint: Checkpoint) -> None:
-    """Chooses for each weight that the checkpoint holds quantised the format that keeps its numbers."""
+def _weight_formats(model: LLaMAForCausalLM, checkpoint: Checkpoint) -> dict[str, str]:
+    """By the names of a checkpoint's tensors, the formats of weights that are in another one than the config's `quant`:
+    of those that are stored quantised, the format that keeps their numbers."""
+    if model.config.quant != "stored":
+        return {}
+    return {
+        name: stored_format(checkpoint.dtype(name))
+        for name, piece in model.pieces()
+        if piece.store_as is not None and checkpoint.is_quantized(name)
+    }
+
+
+def _store_as(model: LLaMAForCausalLM, formats: ReadOnlyDict[str, str], checkpoint: Checkpoint) -> None:
+    left = dict(formats)
     for name, piece in model.pieces():
-        if piece.store_as is not None and checkpoint.is_quantized(name):
-            piece.store_as(stored_format(checkpoint.dtype(name)))
-    model.tie_weights()
+        form = left.pop(name, None)
+        if form is not None and piece.store_as is not None:
+            piece.store_as(form)
+    if left:
+        raise ValueError(f"{checkpoint.config_source} has formats for {_listed(sorted(left))}, which the model lacks")
+    if formats:
+        model.tie_weights()
+
+
+def _kinds(model: nn.Module) -> dict[str, TensorKind]:
+    return {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in model.named_parameters()}
+
+
+def _check_use(checkpoint: EngineDirectory, comm: Communicator) -> None:
+    if comm.mapping.world_size > 1 or comm.device.type != "cpu":
+        raise ValueError(
+            f"{checkpoint.source} holds a whole model for the CPU: load its source, "
+            f"{checkpoint.description.source}, on {comm.device} or on several ranks"
+        )
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
@@ -107,12 +170,17 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     This is `nn.Module.to_empty`, which allocates shared parameters twice, and makes torch import its symbolic algebra:
     40 MB and half a second.
     """
+    _place(model, lambda _, parameter: torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
+
+
+def _place(model: nn.Module, storage: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Puts the tensors that `storage` gives, for the name and the old one, in the place of the parameters."""
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in made:
-                storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                made[parameter] = nn.Parameter(storage, requires_grad=parameter.requires_grad)
+                tensor = storage(f"{path}.{name}", parameter)
+                made[parameter] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             setattr(module, name, made[parameter])
 
 
@@ -138,6 +206,9 @@ def resolved_config(
     """The checkpoint's config in the dtype asked for, or else the one that its config or else its tensors have."""
     fields = checkpoint.config_fields
     config = LLaMAConfig.from_fields(fields, checkpoint.config_source)
+    if isinstance(checkpoint, EngineDirectory):
+        checkpoint.check_numbers(quantization, None if dtype is None else str(dtype).removeprefix("torch."))
+        return dataclasses.replace(config, quant=checkpoint.description.quantization)
     if quantization is not None:
         if quantization not in (*QUANTIZATIONS, "stored"):
             raise ValueError(f"quantization is {quantization!r}: use {', '.join(QUANTIZATIONS)}, or None")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 LANES: Final = 32
 BLOCK: Final = 32
+# The number of this layout, for files that hold panels: another order of bytes is another number.
+PANEL_LAYOUT: Final = 1
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.ops import OpTable
-from puna.ops.panels import PanelFormat, Panels
+from puna.ops.panels import PANEL_LAYOUT, PanelFormat, Panels
 from puna.quantization.dense import DenseFormat
 from puna.quantization.groups import GroupQuantized
 from puna.quantization.panels import DensePanels, GroupPanels
@@ -136,4 +136,4 @@ def stored_format(dtype: str) -> str:
     return _STORED.get(dtype, dtype)
 
 
-__all__ = ["QUANTIZATIONS", "GroupQuantized", "WeightFormat", "stored_format", "weight_format"]
+__all__ = ["PANEL_LAYOUT", "QUANTIZATIONS", "GroupQuantized", "WeightFormat", "stored_format", "weight_format"]
