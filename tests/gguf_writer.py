@@ -89,6 +89,19 @@ def write_gguf(
     return path
 
 
+def write_vocabulary(path: Path, values: Mapping[str, Any]) -> Path:
+    """A file with a tokenizer alone: `values` without "tokenizer.ggml." before each name, None for none."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in values.items():
+        if value is not None:
+            _add(writer, name if name.startswith("tokenizer.") else f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(name, value)
@@ -244,7 +257,8 @@ def _json_metadata(tokenizer: dict[str, Any], pre: str) -> dict[str, Any]:
 
 def _adds_bos(tokenizer: dict[str, Any]) -> bool:
     processor = tokenizer.get("post_processor") or {}
-    return any("SpecialToken" in part for part in processor.get("single", [])[:1])
+    steps = processor.get("processors", [processor])
+    return any("SpecialToken" in part for step in steps for part in step.get("single", [])[:1])
 
 
 def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
