@@ -79,6 +79,8 @@ def test_sources_that_can_not_be_used_are_refused(
     refused("not a folder", FileNotFoundError, tokenizer=str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     refused("tokenizer", (ValueError, FileNotFoundError), tokenizer=str(tmp_path / "empty"))  # type: ignore[arg-type]
+    (tmp_path / "x.gguf").write_bytes(b"")
+    refused("has its tokenizer inside: name a folder", ValueError, tokenizer=str(tmp_path / "x.gguf"))
     with pytest.raises(ValueError, match="device is 'abacus'"):
         prepare(sources, shape, options(), device="abacus")
     with pytest.raises(ValueError, match="batch_size is 4: it must be a multiple of 6"):

@@ -20,7 +20,7 @@ def info(
     path: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A folder, a hub id (which is downloaded) or 'demo'; none: this machine."
+            metavar="[MODEL]", help="A folder, GGUF file, hub id (which is downloaded) or 'demo'; none: this machine."
         ),
     ] = None,
     dtype: Annotated[

@@ -47,7 +47,7 @@ class ModelFlags:
             "--model",
             "-m",
             metavar="MODEL",
-            help="A checkpoint's folder, a Hugging Face hub id (owner/name), or 'demo'.",
+            help="A checkpoint's folder, a GGUF file, a Hugging Face hub id (owner/name), or 'demo'.",
             rich_help_panel=_MODEL,
         ),
     ]

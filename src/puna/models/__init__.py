@@ -33,8 +33,8 @@ def load_model(
     comm: Communicator | None = None,
     quantization: str | None = None,
 ) -> LLaMAForCausalLM:
-    """Loads a checkpoint: a folder, or the id of one on the Hugging Face hub, or "demo" for the model in the package,
-    or one that is open.
+    """Loads a checkpoint: a folder, a GGUF file, the id of one on the Hugging Face hub, "demo" for the model in the
+    package, or one that is open.
 
     `dtype` is float32, bfloat16 or float16, as a name or as torch's own; None means the checkpoint's. With a
     `mapping` of several ranks, this rank's slice alone is read, and torch.distributed must be initialised; `comm`

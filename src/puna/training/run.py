@@ -177,8 +177,13 @@ def _tokenizer_files(
         if given is None:
             files = train_tokenizer(documents, shape.vocab_size, context)
         else:
-            Tokenizer.from_pretrained(resolve_path(given))  # refuses a folder without one
-            files = _read_tokenizer(resolve_path(given))
+            folder = resolve_path(given)
+            if folder.is_file():
+                raise ValueError(
+                    f"{given} has its tokenizer inside: name a folder with tokenizer.json as the tokenizer"
+                )
+            Tokenizer.from_pretrained(folder)  # refuses a folder without one
+            files = _read_tokenizer(folder)
         sources.out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_file(sources.out / name, content)
