@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -82,13 +83,22 @@ class Arena:
     _ALIGNMENT = 64
 
     def __init__(self) -> None:
-        self._chunks: list[Tensor] = []
+        self._chunks: list[tuple[int, mmap.mmap]] = []  # (address, memory)
         self._free: list[tuple[int, int]] = []  # (address, bytes), by address
-        self._kept: list[Tensor] = []
+        self._kept: list[object] = []
 
-    def keep(self, tensor: Tensor) -> None:
-        """Keeps a tensor that a recorded kernel reads for as long as the arena."""
-        self._kept.append(tensor)
+    def keep(self, memory: object) -> None:
+        """Keeps what a recorded kernel reads for as long as the arena."""
+        self._kept.append(memory)
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a tensor's memory is this arena's."""
+        return any(first <= tensor.data_ptr() < first + len(chunk) for first, chunk in self._chunks)
+
+    def lent(self, tensor: Tensor) -> Tensor:
+        """The same memory as a tensor that does not reserve it: for a result that is read before the next replay."""
+        memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+        return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
@@ -104,15 +114,16 @@ class Arena:
             if free >= size:
                 self._free[i : i + 1] = [(address + size, free - size)] if free > size else []
                 return address
-        chunk = torch.empty(max(size, self._CHUNK), dtype=torch.uint8)
-        self._chunks.append(chunk)
-        self._give_back(chunk.data_ptr(), chunk.numel())
+        chunk = mmap.mmap(-1, max(size, self._CHUNK))
+        start = ctypes.addressof(ctypes.c_char.from_buffer(chunk))
+        self._chunks.append((start, chunk))
+        self._give_back(start, len(chunk))
         return self._take(size)
 
     def _give_back(self, address: int, size: int) -> None:
         merged: list[tuple[int, int]] = []
         for start, length in sorted([*self._free, (address, size)]):
-            if merged and sum(merged[-1]) == start and not any(start == chunk.data_ptr() for chunk in self._chunks):
+            if merged and sum(merged[-1]) == start and all(start != first for first, _ in self._chunks):
                 merged[-1] = (merged[-1][0], merged[-1][1] + length)
             else:
                 merged.append((start, length))
@@ -327,13 +338,13 @@ def panel_experts(
     logits = _rows("router_logits", router_logits, count).contiguous()
     if rows.dtype != logits.dtype or logits.shape[0] != rows.shape[0]:
         raise ValueError(f"router_logits is {logits.dtype} {list(logits.shape)}, for x {rows.dtype} {list(rows.shape)}")
-    addresses = torch.tensor([[_panel_address(panels) for panels in part] for part in (gate_up, proj)])
+    tables = [(ctypes.c_size_t * count)(*map(_panel_address, part)) for part in (gate_up, proj)]
     arena = _arena.get()
     if arena is not None:
-        arena.keep(addresses)
+        arena.keep(tables)
     y = _empty(x.shape, x.dtype)
     _built().experts(
-        rows.data_ptr(), logits.data_ptr(), addresses[0].data_ptr(), addresses[1].data_ptr(), y.data_ptr(),
+        rows.data_ptr(), logits.data_ptr(), ctypes.addressof(tables[0]), ctypes.addressof(tables[1]), y.data_ptr(),
         rows.shape[0], first.inputs, second.inputs, count, experts_per_token, *_panel_numbers(first.format),
         *_panel_numbers(second.format), _activation(activation), _number(x.dtype),
     )  # fmt: skip

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
+from puna.layers.pieces import torch_dtype
 from puna.models import LLaMAForCausalLM
+from puna.ops import cpu
 from puna.runtime.kv_pool import KVPool
 from puna.runtime.sampler import Sampler, candidates, token_logprobs
 from puna.runtime.step_buffers import StepBuffers, StepInputs
-from puna.runtime.step_graph import EagerStepGraph, StepGraph, bucket_for, bucket_sizes
+from puna.runtime.step_graph import CpuStepGraph, EagerStepGraph, NotRecordable, StepGraph, bucket_for, bucket_sizes
 from puna.scheduling.step_plan import PromptLogprobs, StepPlan, StepResult
+
+_log = logging.getLogger(__name__)
 
 
 class ModelRunner:
     """Owns a rank's model, cache, buffers and sampler. `execute` is called with one plan after another, in order.
 
-    With `use_buckets`, steps in which every row has one token are padded to a bucket and run by its graph.
+    With `use_buckets`, steps in which every row has one token are padded to a bucket and run by its graph, which is
+    recorded when the first such step comes.
     """
 
     def __init__(
@@ -28,6 +35,8 @@ class ModelRunner:
         self.sampler = sampler
         self._buckets = bucket_sizes(buffers.max_rows) if use_buckets else ()
         self._graphs: dict[int, StepGraph] = {}
+        self._arena = cpu.Arena()  # one for all graphs: they run one after another
+        self._records = cpu.compiled() and model.comm.device.type == "cpu" and model.config.quant != "none"
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -50,8 +59,21 @@ class ModelRunner:
         if bucket is None:
             return self._forward(inputs)
         if bucket not in self._graphs:
-            self._graphs[bucket] = EagerStepGraph(self._forward)
+            self._graphs[bucket] = self._record(inputs)
         return self._graphs[bucket].run(inputs)[: sum(row.wants_logits for row in plan.rows)]
+
+    def _record(self, inputs: StepInputs) -> StepGraph:
+        if self._records:
+            try:
+                return CpuStepGraph(self._forward, self._angles, inputs, self._arena)
+            except NotRecordable as reason:
+                self._records = False
+                _log.warning("decode steps are not recorded, which costs time: %s", reason)
+        return EagerStepGraph(self._forward)
+
+    def _angles(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        angles: tuple[Tensor, Tensor] = self.model.rotary(inputs.position_ids, inputs.attention_params.rotary_lengths)
+        return angles
 
     def _last_token(self, sequence_id: int) -> int:
         return self.sampler.last_tokens([sequence_id])[0]
@@ -62,8 +84,8 @@ class ModelRunner:
         hidden = None
         if not comm.mapping.is_first_pp_rank():
             shape = (len(inputs.input_ids), config.hidden_size)
-            weight = next(self.model.parameters())
-            hidden = comm.recv(torch.empty(shape, dtype=weight.dtype, device=comm.device), comm.mapping.prev_pp_rank())
+            empty = torch.empty(shape, dtype=torch_dtype(config.dtype), device=comm.device)
+            hidden = comm.recv(empty, comm.mapping.prev_pp_rank())
         output: Tensor = self.model(
             inputs.input_ids,
             inputs.position_ids,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from puna.ops import cpu
 from puna.runtime.step_buffers import StepInputs
 
 
@@ -25,15 +28,75 @@ class StepGraph(Protocol):
     """A decode step of one bucket, ready to run again and again over the same buffers."""
 
     def run(self, inputs: StepInputs) -> Tensor:
-        """Logits [R, V] of the tokens that the inputs want."""
+        """Logits [R, V] of the tokens that the inputs want, to be read before the next step."""
         ...
 
 
 class EagerStepGraph:
-    """Runs the model as it is. Recorded graphs stand in its place where a device has them."""
+    """Runs the model as it is: where a device has nothing recorded, or a model can't be."""
 
     def __init__(self, forward: Callable[[StepInputs], Tensor]) -> None:
         self._forward = forward
 
     def run(self, inputs: StepInputs) -> Tensor:
         return self._forward(inputs)
+
+
+class NotRecordable(RuntimeError):
+    """A model computes something outside of the compiled kernels, which a recording leaves out."""
+
+
+class CpuStepGraph:
+    """The compiled kernels of one step, recorded once and replayed in C++.
+
+    A recording has the addresses of the inputs, so every step must come in the same buffers; what it reads there, such
+    as lengths and block tables, may change. Only the rotary angles are computed outside, and copied to where the
+    recording expects them.
+
+    The first step is run both ways. Raises NotRecordable where the two results differ in any bit, which is what comes
+    of a torch operation between the kernels: it works on memory that holds nothing yet, and not again at replay.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[StepInputs], Tensor],
+        angles: Callable[[StepInputs], tuple[Tensor, Tensor]],
+        inputs: StepInputs,
+        arena: cpu.Arena,
+    ) -> None:
+        self._angles = angles
+        cos, sin = angles(inputs)
+        self._cos_sin = cos.clone(), sin.clone()
+        self._addresses = _addresses(inputs)
+        self._arena = arena  # holds what the kernels write to
+        params = dataclasses.replace(inputs.attention_params, cos_sin=self._cos_sin)
+        inputs = dataclasses.replace(inputs, attention_params=params)
+        first_logits = forward(inputs)
+        with cpu.recording(arena) as recording:
+            logits = forward(inputs)
+        self._recording = recording
+        if not arena.owns(logits):
+            raise NotRecordable("the logits do not come from a compiled kernel")
+        self._logits = arena.lent(logits)
+        recording.replay()
+        if not torch.equal(self._logits.view(torch.uint8), first_logits.view(torch.uint8)):
+            raise NotRecordable("something between the kernels is not one of them")
+
+    @property
+    def num_kernels(self) -> int:
+        return len(self._recording)
+
+    def run(self, inputs: StepInputs) -> Tensor:
+        if _addresses(inputs) != self._addresses:
+            raise ValueError("a recorded step must come in the buffers that it was recorded with")
+        for kept, angles in zip(self._cos_sin, self._angles(inputs), strict=True):
+            kept.copy_(angles)
+        self._recording.replay()
+        return self._logits
+
+
+def _addresses(inputs: StepInputs) -> tuple[tuple[int, torch.Size], ...]:
+    params = inputs.attention_params
+    tables = (tensor for table in params.cache_tables for tensor in (table.block_tables, table.slot_mapping))
+    tensors = (inputs.input_ids, inputs.logits_ids, params.query_starts, params.sequence_lengths, *tables)
+    return tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
