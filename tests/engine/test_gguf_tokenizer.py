@@ -239,6 +239,17 @@ def test_text_that_merges_could_make_a_control_token_of(tmp_path: Path) -> None:
     assert load(tmp_path, values).encode("<ab", add_special_tokens=False) == [259, 265, 262]
 
 
+def test_merges_to_a_control_token_or_to_none_are_left_out(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "ab", "abc", "bc"]
+    types = [NORMAL] * (len(tokens) - 2) + [CONTROL, NORMAL]
+    values = {"model": "gpt2", "tokens": tokens, "token_type": types, "merges": ["x y", "a b", "ab c", "b c"]}
+    tokenizer = load(tmp_path, values)
+    assert tokenizer.encode("abc xy") == [256, *(alphabet.index(character) for character in "cĠxy")]
+    assert tokenizer.encode("bc") == [258]
+    assert tokenizer.encode("abc", parse_special=True) == [257]
+
+
 def test_token_types_that_files_have_wrong(tmp_path: Path) -> None:
     tokenizer = load(tmp_path, small(tokens=[*small()["tokens"][:-1], "<|im_end|>"]))
     assert 264 in tokenizer.special_ids

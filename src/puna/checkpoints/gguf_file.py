@@ -114,9 +114,7 @@ class GGUFFile:
             cursor = _Cursor(data, place.offset)
             try:
                 if place.kind == _STRING:
-                    if place.count is None:
-                        return cursor.text()
-                    return [cursor.text() for _ in range(place.count)]
+                    return cursor.text() if place.count is None else cursor.texts(place.count)
                 if place.count is not None:
                     return cursor.numbers(place.kind, place.count)
                 return cursor.scalar(place.kind)
@@ -184,8 +182,7 @@ class GGUFFile:
             kind, count = cursor.integer("I"), cursor.integer("Q")
         start = cursor.position
         if kind == _STRING:
-            for _ in range(1 if count is None else count):
-                cursor.skip_text()
+            cursor.skip_texts(1 if count is None else count)
         elif kind in _SCALARS:
             cursor.skip(struct.calcsize(_SCALARS[kind]) * (1 if count is None else count))
         else:
@@ -255,15 +252,30 @@ class _Cursor:
         if self.position > len(self.data):
             raise struct.error
 
-    def skip_text(self) -> None:
-        self.position += 8 + _LENGTH.unpack_from(self.data, self.position)[0]
-        if self.position > len(self.data):
+    def skip_texts(self, count: int) -> None:
+        # A loop of its own, without calls: vocabularies have hundreds of thousands.
+        data, position, unpack = self.data, self.position, _LENGTH.unpack_from
+        for _ in range(count):
+            position += 8 + unpack(data, position)[0]
+        self.position = position
+        if position > len(data):
             raise struct.error
 
     def text(self) -> str:
         start = self.position + 8
-        self.skip_text()
+        self.skip_texts(1)
         return self.data[start : self.position].decode("utf-8")
+
+    def texts(self, count: int) -> list[str]:
+        start = self.position
+        self.skip_texts(count)
+        data, position, unpack = self.data[start : self.position], 0, _LENGTH.unpack_from
+        result = []
+        for _ in range(count):
+            end = position + 8 + unpack(data, position)[0]
+            result.append(data[position + 8 : end].decode())
+            position = end
+        return result
 
 
 _LENGTH: Final = struct.Struct("<Q")

@@ -105,9 +105,8 @@ def read_vocabulary(file: GGUFFile) -> GGUFVocabulary:
     tokens = tuple(token or f"[EMPTY_{number}]" for number, token in enumerate(tokens))
     scores = tuple(float(score) for score in _numbers(file, "scores", len(tokens), "fi"))
     numbers = _numbers(file, "token_type", len(tokens), "i")
-    known = frozenset(TokenType)
-    types = [TokenType(number) if number in known else TokenType.NORMAL for number in numbers]
-    types = types or [TokenType.NORMAL] * len(tokens)
+    known = {int(kind): kind for kind in TokenType}
+    types = [known.get(number, TokenType.NORMAL) for number in numbers] or [TokenType.NORMAL] * len(tokens)
     for number, token in enumerate(tokens):
         if token in _CONTROL_TEXTS:
             types[number] = TokenType.CONTROL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -163,13 +163,7 @@ class _ByteLevelEncoder:
             for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
             if kind not in _HIDDEN
         }
-        merges = (_split_merge(merge) for merge in vocabulary.merges)
-        model = tokenizers.models.BPE(
-            vocab=plain,
-            merges=[(a, b) for a, b in merges if a in plain and b in plain and a + b in plain],
-            ignore_merges=rule.ignore_merges,
-        )
-        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer = tokenizers.Tokenizer(_build_bpe(plain, vocabulary.merges, rule.ignore_merges))
         self._tokenizer.pre_tokenizer = rule.build()
         self._vocabulary = vocabulary
 
@@ -191,7 +185,10 @@ class _ByteLevelEncoder:
         return ByteLevelStream(lookup)
 
 
-def _split_merge(merge: str) -> tuple[str, str]:
-    """ "a b" -> ("a", "b"); a first part may itself start with a space in the oldest files."""
-    place = merge.find(" ", 1)
-    return (merge[:place], merge[place + 1 :]) if place > 0 else (merge, "")
+def _build_bpe(vocabulary: dict[str, int], merges: Sequence[str], ignore_merges: bool) -> tokenizers.models.BPE:
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    try:
+        return tokenizers.models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges)
+    except Exception:  # The library raises bare Exceptions: here for a merge of, or to, what is no token.
+        known = [(a, b) for a, b in pairs if a in vocabulary and b in vocabulary and a + b in vocabulary]
+        return tokenizers.models.BPE(vocab=vocabulary, merges=known, ignore_merges=ignore_merges)
