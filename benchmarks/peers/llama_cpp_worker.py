@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp as lib
-from protocol import config_vocab_size, serve
+import numpy as np
+from protocol import serve
 
 
 class LlamaCpp:
@@ -36,6 +37,7 @@ class LlamaCpp:
             raise ValueError("llama.cpp can't make the context")
         self._batch = lib.llama_batch_init(params.n_batch, 0, 1)
         self._capacity = params.n_batch
+        self._vocab_size = settings["vocab_size"]
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
         lib.llama_memory_clear(lib.llama_get_memory(self._context), False)
@@ -52,12 +54,17 @@ class LlamaCpp:
             self._decode(
                 [(prompt[step % len(prompt)], len(prompt) + step, i, True) for i, prompt in enumerate(prompts)]
             )
-        return middle - start, time.perf_counter() - middle
+        return middle - start, (time.perf_counter() - middle) / max(1, new_tokens - 1)
 
-    def logits(self, prompt: Sequence[int], vocab_size: int) -> list[float]:
-        """Of the prompt's last token; for comparing engines."""
-        self.run([prompt], 1)
-        return list(lib.llama_get_logits_ith(self._context, -1)[:vocab_size])
+    def score(self, tokens: Sequence[int]) -> list[float]:
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), False)
+        self._decode([(token, position, 0, True) for position, token in enumerate(tokens)])
+        found = []
+        for position, following in enumerate(tokens[1:]):
+            logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(self._context, position), (self._vocab_size,))
+            shifted = logits.astype(np.float64) - logits.max()
+            found.append(float(shifted[following] - np.log(np.exp(shifted).sum())))
+        return found
 
     def _decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
         batch = self._batch
@@ -75,9 +82,9 @@ class LlamaCpp:
 
 
 @lib.llama_log_callback
-def _QUIET(level: int, text: bytes, data: ctypes.c_void_p) -> None:  # noqa: N802
+def _QUIET(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     pass
 
 
 if __name__ == "__main__":
-    serve(LlamaCpp, config_vocab_size)
+    serve(LlamaCpp)

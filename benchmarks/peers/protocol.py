@@ -13,13 +13,18 @@ from typing import Any, Protocol
 
 
 class PeerEngine(Protocol):
-    """A loaded model. Prompts are lists of random token ids; nothing is decoded to text or stopped early."""
+    """A loaded model. Prompts are lists of random token ids; nothing is stopped early."""
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
-        """Computes all prompts, then `new_tokens - 1` further tokens of each, all together.
+        """Computes all prompts, then further tokens of each, all together, up to `new_tokens`.
 
-        Returns the seconds until every sequence had its first token, and the seconds of the steps after that.
+        Returns the seconds until every sequence had its first token, and the seconds of one step after that.
         """
+        ...
+
+    def score(self, tokens: Sequence[int]) -> list[float] | None:
+        """The natural logarithm of each token's probability after those before it, from the second one on; None where
+        the engine does not tell."""
         ...
 
 
@@ -29,17 +34,19 @@ def memory_bytes() -> dict[str, int]:
     return {name: int(fields[key].split()[0]) * 1024 for name, key in (("peak", "VmHWM"), ("anonymous", "RssAnon"))}
 
 
-def serve(load: Callable[[dict[str, Any]], PeerEngine], vocab_size: Callable[[dict[str, Any]], int]) -> None:
+def serve(load: Callable[[dict[str, Any]], PeerEngine]) -> None:
     """Loads what the first argument's JSON object says, and answers commands until stdin ends.
 
-    {"prompt_tokens", "new_tokens", "batch"} -> {"prefill_seconds", "decode_seconds"}; {} -> {"memory"}.
+    The settings say file, threads, batch (the most sequences), context (tokens of each) and vocab_size, and what an
+    engine has of its own. {"prompt_tokens", "new_tokens", "batch"} -> {"prefill_seconds", "step_seconds"};
+    {"score": tokens} -> {"logprobs"}; {} -> {"peak", "anonymous"} in bytes.
     """
     # Engines print what they like to stdout; the answers keep the pipe to themselves.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     settings = json.loads(sys.argv[1])
     chooser = random.Random(0)
-    tokens = range(vocab_size(settings) - 2)
+    tokens = range(settings["vocab_size"] - 2)  # the last two are special
     start = time.perf_counter()
     engine = load(settings)
     loaded = time.perf_counter() - start
@@ -50,13 +57,11 @@ def serve(load: Callable[[dict[str, Any]], PeerEngine], vocab_size: Callable[[di
     for line in sys.stdin:
         command = json.loads(line)
         if not command:
-            print(json.dumps({"memory": memory_bytes()}), file=answers, flush=True)
+            print(json.dumps(memory_bytes()), file=answers, flush=True)
+            continue
+        if "score" in command:
+            print(json.dumps({"logprobs": engine.score(command["score"])}), file=answers, flush=True)
             continue
         prompts = [chooser.choices(tokens, k=command["prompt_tokens"]) for _ in range(command["batch"])]
-        prefill, decode = engine.run(prompts, command["new_tokens"])
-        print(json.dumps({"prefill_seconds": prefill, "decode_seconds": decode}), file=answers, flush=True)
-
-
-def config_vocab_size(settings: dict[str, Any]) -> int:
-    size: int = json.loads((Path(settings["folder"]) / "config.json").read_text())["vocab_size"]
-    return size
+        prefill, step = engine.run(prompts, command["new_tokens"])
+        print(json.dumps({"prefill_seconds": prefill, "step_seconds": step}), file=answers, flush=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from puna.cli.display import check_plot, print_table, progress_bar
 from puna.cli.options import DtypeName, EngineFlags, ModelFlags, unbundle
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ DEFAULT_CONTEXT: Final = 2048
 # Windows at once, and tokens in a step. How many of these have logits is the scheduler's affair (max_scored_tokens).
 _MAX_NUM_SEQS: Final = 8
 _MAX_NUM_BATCHED_TOKENS: Final = 512
-_PLOT_TYPES: Final = (".png", ".pdf", ".svg")
 
 eval_app = typer.Typer(help="Measure how well a model predicts texts, and compare two models.")
 
@@ -71,7 +68,7 @@ def perplexity(
     window, step = _window(context, stride, opened.config.context_length)
     with (
         opened.engine(window, _MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS) as (engine, _),
-        _progress() as on_progress,
+        progress_bar("tokens") as on_progress,
     ):
         result = measure_perplexity(engine, documents, window, step, on_progress)
     fields = {
@@ -89,8 +86,9 @@ def perplexity(
     if json_output:
         write(json.dumps(fields, ensure_ascii=False) + "\n")
         return
-    _print_table(
+    print_table(
         f"{model_flags.model} ({opened.config.dtype})",
+        None,
         [
             ("perplexity", f"{result.perplexity:.4f}"),
             ("nats per token", f"{result.nats_per_token:.4f}"),
@@ -126,7 +124,7 @@ def compare(
     """
     documents = _documents(data)
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
 
     from puna.cli.session import OpenedModel, write
     from puna.evaluation.compare import compare_models, encode_for_both
@@ -140,7 +138,7 @@ def compare(
     encoded = encode_for_both(opened[0].tokenizer, opened[1].tokenizer, documents)
     window, step = _window(context, stride, min(one.config.context_length for one in opened))
     model_a, model_b = (load_model(one.folder, one.config.dtype, one.device) for one in opened)
-    with _progress() as on_progress:
+    with progress_bar("tokens") as on_progress:
         found = compare_models(model_a, model_b, encoded, window, step, on_progress)
     names = [f"{one.model} ({its.config.dtype})" for one, its in zip(flags, opened, strict=True)]
     if plot is not None:
@@ -156,8 +154,9 @@ def compare(
         write(json.dumps({**sides, **fields, "context": window, "stride": step}, ensure_ascii=False) + "\n")
         return
     kl = fields["kl"]
-    _print_table(
+    print_table(
         f"A: {names[0]}\nB: {names[1]}",
+        None,
         [
             ("KL(A || B), mean", f"{kl['mean']:.3e} nats"),
             ("KL(A || B), median", f"{kl['median']:.3e} nats"),
@@ -203,42 +202,3 @@ def _window(context: int | None, stride: int | None, context_length: int) -> tup
     step = max(1, size // 2) if stride is None else stride
     check_window(size, step)
     return size, step
-
-
-def _check_plot(file: Path) -> None:
-    if file.suffix not in _PLOT_TYPES:
-        raise ValueError(f"--plot is {str(file)!r}: its name must end in {', '.join(_PLOT_TYPES)}")
-    if not file.parent.is_dir():
-        raise ValueError(f"--plot is {str(file)!r}, but there is no folder {str(file.parent)!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'puna[plot]'")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error if that is a terminal, gone at the end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("tokens", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from puna.cli.session import prepare_output
-
-    prepare_output()
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in rows:
-        table.add_row(name, value)
-    console = Console(file=sys.stdout)
-    console.print(Text(title), soft_wrap=True)
-    console.print(table)
