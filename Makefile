@@ -9,7 +9,11 @@ INSTALLED := $(VENV)/.puna-installed
 # The tests' own threads are few because two processes run them.
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test lint format clean
+# What `make bench` compares with, in an environment of its own; BENCH_ARGS are options of benchmarks/cpu_peers.py.
+PEERS := .venv-peers
+BENCH_ARGS ?=
+
+.PHONY: demo test lint format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/puna generate --model demo --echo --seed 1 --stats "Once upon a time"
@@ -27,8 +31,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Takes half an hour, and means something only where nothing else runs. Writes docs/cpu_peers.md and its plot.
+bench: $(INSTALLED) $(PEERS)/.installed
+	$(BIN)/python benchmarks/cpu_peers.py --peers-python $(PEERS)/bin/python $(BENCH_ARGS)
+
 clean:
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis src/puna/_kernels*.so
+	rm -rf $(VENV) $(PEERS) build .mypy_cache .pytest_cache .ruff_cache .hypothesis src/puna/_kernels*.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An editable install: Python files are used where they lie, so only these files make it out of date.
@@ -40,4 +48,12 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# llama.cpp is compiled here, so that it uses what this processor has; without the parts that only its programs need.
+$(PEERS)/.installed: benchmarks/peers_requirements.txt
+	@echo "Setting up $(PEERS); this compiles llama.cpp, which takes several minutes."
+	$(PYTHON) -m venv $(PEERS)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PEERS)/bin/python -m pip install --quiet \
+		--no-binary llama-cpp-python -r benchmarks/peers_requirements.txt
 	@touch $@
