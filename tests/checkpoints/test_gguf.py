@@ -69,6 +69,23 @@ def test_experts_in_a_tensor_each(make: Make, tmp_path: Path) -> None:
     assert torch.equal(logits(file), logits(folder.path))
 
 
+@pytest.mark.parametrize("split_experts", [True, False])
+def test_quantised_experts(split_experts: bool, make: Make, tmp_path: Path) -> None:
+    folder = make("MixtralForCausalLM", hidden_size=64, intermediate_size=96, num_local_experts=3)
+    checkpoint = open_checkpoint(write_gguf(folder.path, tmp_path / "x.gguf", "Q8_0", split_experts=split_experts))
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    source = (slice(5, 60), slice(32, 96))
+    stored = folder.tensors[name].numpy()
+    number = gguf.GGMLQuantizationType.Q8_0
+    expected = torch.from_numpy(gguf.dequantize(gguf.quantize(stored, number), number))[source]
+    assert checkpoint.dtype(name) == "Q8_0"
+    assert checkpoint.stored_bytes(name) == 64 * 96 // 32 * 34
+    assert torch.equal(checkpoint.read(name, source), expected)
+    groups = checkpoint.read_groups(name, source)
+    assert groups is not None
+    assert torch.equal(groups.dequantize(), expected)
+
+
 def test_llama3_scaling_is_found_in_its_factors(make: Make, tmp_path: Path) -> None:
     scaling = LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192}
     folder = make(rope_scaling=dict(scaling), rope_theta=500000.0, head_dim=64, max_position_embeddings=131072)
@@ -312,6 +329,42 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     assert torch.equal(rows[1], torch.arange(1024.0))
     assert not rows[0].any()
     assert process.memory_info().rss - before < 50 << 20
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("LlamaForCausalLM", {}),
+        ("LlamaForCausalLM", {"tie_word_embeddings": True, "attention_bias": True}),
+        ("LlamaForCausalLM", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}, "head_dim": 32}),
+        ("LlamaForCausalLM", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 24}}),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        (
+            "LlamaForCausalLM",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+        ),
+        ("Qwen2ForCausalLM", {}),
+        ("Qwen3ForCausalLM", {"head_dim": 16}),
+        ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    ],
+)
+def test_logits_are_llama_cpps(architecture: str, options: dict[str, Any], make: Make, tmp_path: Path) -> None:
+    """Which shows that write_gguf means by its names and orders what llama.cpp does."""
+    library = pytest.importorskip("llama_cpp")
+    folder = make(architecture, **{"hidden_size": 32, "intermediate_size": 64, **options})
+    vocabulary = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"t{number}" for number in range(64))],
+        "tokenizer.ggml.scores": [0.0] * 67,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [1] * 64,
+    }
+    file = write_gguf(folder.path, tmp_path / "x.gguf", metadata=vocabulary)
+    cache = {"type_k": library.GGML_TYPE_F32, "type_v": library.GGML_TYPE_F32}
+    model = library.Llama(str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False, **cache)
+    model.eval(TOKENS[0].tolist())
+    theirs = torch.from_numpy(np.array(model.scores[: TOKENS.shape[1]]))
+    assert theirs.std() > 0.01
+    torch.testing.assert_close(logits(file)[0], theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_random_damage_gives_nothing_but_refusals(make: Make, tmp_path: Path) -> None:
