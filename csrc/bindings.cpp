@@ -70,11 +70,15 @@ void raise(Failure failure) {
   if (failure == Failure::block_out_of_range) throw std::out_of_range("a cache block is outside of the pool");
 }
 
-// Runs the task, or appends it to this thread's recording. `long_enough`: whether the work is worth giving other Python
-// threads their turn; getting the lock back can take milliseconds where one of them is busy.
-void submit(const Task& task, bool long_enough) {
+// Runs the task, or appends it to this thread's recording. `work` is about how many numbers are touched, or multiplied.
+void submit(Task task, Size work) {
+  // What one thread does in about 5 us is not worth a barrier, which costs far more where the other is off its core.
+  constexpr Size kSharedWork = Size{1} << 15;
+  // From about 100 us on other Python threads get their turn; to get the lock back can take milliseconds.
+  constexpr Size kLongWork = Size{1} << 21;
+  task.serial = work < kSharedWork;
   if (Recording* recording = Recording::current()) return recording->append(task);
-  if (!long_enough) return raise(Pool::instance().run(&task, 1));
+  if (work < kLongWork) return raise(Pool::instance().run(&task, 1));
   Failure failure;
   {
     nb::gil_scoped_release release;
@@ -82,9 +86,6 @@ void submit(const Task& task, bool long_enough) {
   }
   raise(failure);
 }
-
-// About 100 us of one thread's work.
-constexpr Size kLongWork = Size{1} << 21;
 
 void linear(Address x, Address weight, Address bias, Address y, Size x_stride, Size y_stride, Size rows, Size inputs,
             Size outputs, int dense, int bits, int groups, int minimums, int x_dtype, int y_dtype, int activation,
@@ -116,7 +117,8 @@ void linear(Address x, Address weight, Address bias, Address y, Size x_stride, S
   args.rows = rows;
   args.inputs = inputs;
   args.outputs = outputs;
-  submit(Task::of(kernels().linear, args, linear_scratch(args)), rows * inputs * outputs > kLongWork);
+  submit(Task::of(kernels().linear, args, linear_scratch(args)),
+         rows * inputs < kMostElements ? rows * inputs * outputs : kMostElements);
 }
 
 void embedding(Address ids, Address table, Address y, Size rows, Size vocabulary, Size inputs, Size table_stride,
@@ -141,7 +143,7 @@ void embedding(Address ids, Address table, Address y, Size rows, Size vocabulary
   args.vocabulary = vocabulary;
   args.inputs = inputs;
   args.table_stride = table_stride;
-  submit(Task::of(kernels().embedding, args), false);
+  submit(Task::of(kernels().embedding, args), rows * inputs);
 }
 
 void rms_norm(Address x, Address residual, Address weight, Address sum, Address y, Size outer, Size inner, Size size,
@@ -173,7 +175,7 @@ void rms_norm(Address x, Address residual, Address weight, Address sum, Address 
   args.x_outer_stride = x_outer_stride;
   args.x_inner_stride = x_inner_stride;
   args.epsilon = epsilon;
-  submit(Task::of(kernels().rms_norm, args), false);
+  submit(Task::of(kernels().rms_norm, args), outer * inner * size);
 }
 
 void add(Address a, Address b, Address y, Size count, int dtype) {
@@ -188,7 +190,7 @@ void add(Address a, Address b, Address y, Size count, int dtype) {
   args.b = at<void>(b);
   args.y = to<void>(y);
   args.count = count;
-  submit(Task::of(kernels().add, args), false);
+  submit(Task::of(kernels().add, args), count);
 }
 
 void gated_activation(Address gate_up, Address y, Size rows, Size size, int activation, int dtype) {
@@ -204,7 +206,7 @@ void gated_activation(Address gate_up, Address y, Size rows, Size size, int acti
   args.y = to<void>(y);
   args.rows = rows;
   args.size = size;
-  submit(Task::of(kernels().gated_activation, args), false);
+  submit(Task::of(kernels().gated_activation, args), 2 * rows * size);
 }
 
 void rotary(Address x, Address cos, Address sin, Address y, Size tokens, Size heads, Size head_size, Size x_stride,
@@ -231,7 +233,7 @@ void rotary(Address x, Address cos, Address sin, Address y, Size tokens, Size he
   args.head_size = head_size;
   args.x_stride = x_stride;
   args.angle_stride = angle_stride;
-  submit(Task::of(kernels().rotary, args), false);
+  submit(Task::of(kernels().rotary, args), tokens * heads * head_size);
 }
 
 CacheArgs cache_of(Address keys, Address values, Size blocks, Size kv_heads, Size block_size, Size head_size,
@@ -275,7 +277,7 @@ void store_kv(Address key, Address value, Address slots, Size tokens, Size key_s
   args.tokens = tokens;
   args.key_stride = key_stride;
   args.value_stride = value_stride;
-  submit(Task::of(kernels().store_kv, args), false);
+  submit(Task::of(kernels().store_kv, args), 2 * tokens * kv_heads * head_size);
 }
 
 void paged_attention(Address query, Address y, Address block_tables, Address query_starts, Address sequence_lengths,
@@ -310,7 +312,7 @@ void paged_attention(Address query, Address y, Address block_tables, Address que
   args.table_width = table_width;
   args.window = window;
   args.scale = scale;
-  submit(Task::of(kernels().paged_attention, args, paged_attention_scratch(args)), true);
+  submit(Task::of(kernels().paged_attention, args, paged_attention_scratch(args)), kMostElements);
 }
 
 void experts(Address x, Address router_logits, Address gate_up, Address proj, Address y, Size tokens, Size hidden,
@@ -348,7 +350,7 @@ void experts(Address x, Address router_logits, Address gate_up, Address proj, Ad
   args.inner = inner;
   args.experts = count;
   args.top = top;
-  submit(Task::of(kernels().experts, args, experts_scratch(args)), true);
+  submit(Task::of(kernels().experts, args, experts_scratch(args)), kMostElements);
 }
 
 void probe(int kind, Address memory, Size bytes, Size iterations, Address operations) {
@@ -362,7 +364,29 @@ void probe(int kind, Address memory, Size bytes, Size iterations, Address operat
   args.bytes = bytes;
   args.iterations = iterations;
   args.operations = to<double>(operations);
-  submit(Task::of(kernels().probe, args), true);
+  submit(Task::of(kernels().probe, args), kMostElements);
+}
+
+void round_groups(Address rows, Address panels, Size first, Size count, Size inputs, Size stride, int bits, int dtype) {
+  RoundArgs args{};
+  if (bits != 4 && bits != 8)
+    throw std::invalid_argument("bits is " + std::to_string(bits) + ": it must be 4 or 8");
+  args.bits = bits;
+  args.dtype = dtype_of("dtype", dtype);
+  check_size("first", first);
+  check_size("count", count);
+  check_size("inputs", inputs, 1);
+  check_size("stride", stride, inputs);
+  if (count == 0) return;
+  check_address("rows", rows, element_size(args.dtype));
+  check_address("panels", panels, 64);
+  args.rows = at<void>(rows);
+  args.panels = to<void>(panels);
+  args.first = first;
+  args.count = count;
+  args.inputs = inputs;
+  args.stride = stride;
+  submit(Task::of(kernels().round_groups, args), count * inputs < kMostElements ? count * inputs * 64 : kMostElements);
 }
 
 void replay(const Recording& recording) {
@@ -394,6 +418,9 @@ NB_MODULE(_kernels, m) {
   m.def("threads", [] { return Pool::instance().threads(); }, "How many threads kernels run on.");
   m.def("set_threads", &set_threads, "count"_a, "Chooses how many threads all later calls run on.");
 
+  m.def("bf16_dots", &bf16_dots, "Whether bfloat16 meets bfloat16 in vdpbf16ps, at level avx512.");
+  m.def("set_bf16_dots", &set_bf16_dots, "uses"_a, "Chooses it for all later calls, instead of what the processor suggests.");
+
   m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a, "y"_a, "x_stride"_a, "y_stride"_a, "rows"_a, "inputs"_a,
         "outputs"_a, "dense"_a, "bits"_a, "groups"_a, "minimums"_a, "x_dtype"_a, "y_dtype"_a, "activation"_a, "gated"_a);
   m.def("embedding", &embedding, "ids"_a, "table"_a, "y"_a, "rows"_a, "vocabulary"_a, "inputs"_a, "table_stride"_a,
@@ -414,6 +441,8 @@ NB_MODULE(_kernels, m) {
         "count"_a, "top"_a, "dense"_a, "bits"_a, "groups"_a, "minimums"_a, "proj_dense"_a, "proj_bits"_a,
         "proj_groups"_a, "proj_minimums"_a, "activation"_a, "dtype"_a);
   m.def("probe", &probe, "kind"_a, "memory"_a, "bytes"_a, "iterations"_a, "operations"_a);
+  m.def("round_groups", &round_groups, "rows"_a, "panels"_a, "first"_a, "count"_a, "inputs"_a, "stride"_a, "bits"_a,
+        "dtype"_a);
 
   nb::class_<Recording>(m, "Recording", "A list of kernel calls, made once and replayed without Python.")
       .def(nb::init<>())

@@ -2,6 +2,10 @@
 // (CPUID, leaves 1 and 7) and volume 1, section 13.3 (XCR0).
 #include "cpu_features.h"
 
+#include <atomic>
+
+#include "kernels/args.h"
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 
@@ -77,5 +81,27 @@ std::vector<std::string> cpu_features() {
 std::vector<std::string> cpu_features() { return {}; }
 
 #endif
+
+namespace {
+
+bool has_fast_bf16_dots() {
+#if defined(__x86_64__) || defined(__i386__)
+  constexpr std::uint32_t kGenu = 0x756e6547;  // ebx of "GenuineIntel"
+  return bit(cpuid(7, 0).eax >= 1 ? cpuid(7, 1).eax : 0, 5) && cpuid(0, 0).ebx != kGenu;
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool>& bf16_dots_setting() {
+  static std::atomic<bool> setting{has_fast_bf16_dots()};
+  return setting;
+}
+
+}  // namespace
+
+bool bf16_dots() { return bf16_dots_setting().load(std::memory_order_relaxed); }
+
+void set_bf16_dots(bool uses) { bf16_dots_setting() = uses; }
 
 }  // namespace puna

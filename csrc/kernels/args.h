@@ -148,6 +148,16 @@ struct ExpertsArgs {
   Dtype dtype;
 };
 
+// Rounds rows of a weight to codes of `bits` with one scale a group of 32 inputs, and writes them as the rows first,
+// first + 1 ... into panels of such a format. 4 bits: the scale is searched for. Other rows of the panels stay as they are.
+struct RoundArgs {
+  const void* rows;  // [count, inputs], row stride below, of `dtype`
+  void* panels;
+  std::int64_t first, count, inputs, stride;
+  std::int32_t bits;  // 4 or 8
+  Dtype dtype;
+};
+
 using Kernel = void (*)(const void* args, Worker& worker);
 
 // The kernels of one instruction level. Every one takes its share of the work by worker.index and worker.count.
@@ -163,10 +173,14 @@ struct Kernels {
   Kernel paged_attention;
   Kernel experts;
   Kernel probe;
+  Kernel round_groups;
 };
 
 // The quantised rows that a linear layer keeps at a time: more take no less time, only more memory.
 constexpr std::int64_t kScratchRows = 1024;
+
+// Rows and inputs of what a linear layer over weights without groups packs of x at a time: see linear_dense.h.
+constexpr std::int64_t kDenseBlockRows = 256, kDenseChunk = 256;
 
 // Whether bfloat16 rows meet bfloat16 weights in vdpbf16ps (level avx512 alone) or, widened, in float32 fma. The bits differ,
 // so it is one choice for all kernels of a process: cpu_features.h.

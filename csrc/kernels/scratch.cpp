@@ -6,7 +6,10 @@
 namespace puna {
 
 std::size_t linear_scratch(const LinearArgs& args) {
-  if (args.format.bits == 0) return 0;
+  if (args.format.bits == 0) {  // x in float32, in whole chunks: see linear_dense.h
+    const std::int64_t rows = args.rows < kDenseBlockRows ? args.rows : kDenseBlockRows;
+    return static_cast<std::size_t>(rows * ((args.inputs + kDenseChunk - 1) / kDenseChunk * kDenseChunk)) * sizeof(float);
+  }
   // Records of 32 quantised inputs: see quantize.h.
   const std::int64_t rows = args.rows < kScratchRows ? args.rows : kScratchRows;
   return static_cast<std::size_t>(rows * ((args.inputs + 31) / 32) * (args.format.groups == 2 ? 48 : 40));

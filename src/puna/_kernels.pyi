@@ -21,6 +21,12 @@ def threads() -> int:
 def set_threads(count: int) -> None:
     """Chooses how many threads all later calls run on. Raises ValueError below 1 and above 1024."""
 
+def bf16_dots() -> bool:
+    """Whether bfloat16 rows meet bfloat16 weights in vdpbf16ps (level avx512 alone), which pays on AMD's processors."""
+
+def set_bf16_dots(uses: bool) -> None:
+    """Chooses it for all later calls, instead of what the processor suggests; the bits of results change."""
+
 def linear(
     x: int,
     weight: int,
@@ -144,6 +150,9 @@ def experts(
     dtype: int,
 ) -> None: ...
 def probe(kind: int, memory: int, bytes: int, iterations: int, operations: int) -> None: ...
+def round_groups(
+    rows: int, panels: int, first: int, count: int, inputs: int, stride: int, bits: int, dtype: int
+) -> None: ...
 
 class Recording:
     """A list of kernel calls, made once and replayed without Python."""
