@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from puna.scheduling.block_allocator import BlockAllocator
+from puna.scheduling.block_manager import BlockManager
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import Scheduler, SchedulerLimits
 from puna.scheduling.sequence import Request
@@ -24,7 +24,7 @@ def measure(num_sequences: int, prompt_length: int, steps: int = 200) -> tuple[f
     """Median seconds of plan() and of commit() once all sequences decode."""
     blocks = num_sequences * (prompt_length + steps + 64) // 16 + num_sequences + 2
     limits = SchedulerLimits(max_num_seqs=num_sequences, max_num_batched_tokens=num_sequences * prompt_length)
-    scheduler = Scheduler(limits, BlockAllocator(blocks))
+    scheduler = Scheduler(limits, BlockManager((blocks,)))
     for number in range(num_sequences):
         prompt = tuple((number * 31 + i) % 1000 for i in range(prompt_length))
         params = SamplingParams(max_tokens=steps + 10)

@@ -296,7 +296,7 @@ class Soak:
         self._canceller.close()
         engine, scheduler, left = self.engine, self.engine.parts.scheduler, self.report.left
         scheduler.check_integrity()
-        left["blocks in use"] = scheduler.allocator.utilization.in_use
+        left["blocks in use"] = scheduler.blocks.utilization.in_use
         left["listeners"] = len(engine._processors)
         left["running or waiting"] = scheduler.num_running + scheduler.num_waiting
         self.report.preemptions = scheduler.num_preemptions

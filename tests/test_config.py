@@ -111,7 +111,8 @@ def assert_same(ours: LLaMAConfig, theirs: Any) -> None:
         window = getattr(theirs, "sliding_window", None)
         if theirs.model_type.startswith("qwen") and theirs.layer_types[layer] == "full_attention":
             window = None
-        assert ours.layer_window(layer) == window
+        assert ours.layer_window(layer) == ours.windows[ours.window_idx(layer)] == window
+    assert len(set(ours.windows)) == len(ours.windows) == len({ours.layer_window(i) for i in range(ours.num_layers)})
     theirs.standardize_rope_params()  # as its models do before they use them
     rotary = {name: value for name, value in theirs.rope_parameters.items() if value is not None}
     assert ours.rotary_base == rotary.pop("rope_theta")

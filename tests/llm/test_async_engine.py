@@ -51,9 +51,9 @@ def test_closing_the_iterator_frees_the_blocks(folder: Path) -> None:
             scheduler = it.engine.parts.scheduler
             stream = it.generate([3, 4, 5], LONG)
             await anext(stream)
-            assert scheduler.allocator.utilization.in_use > 0
+            assert scheduler.blocks.utilization.in_use > 0
             await stream.aclose()
-            assert scheduler.allocator.utilization.in_use == 0
+            assert scheduler.blocks.utilization.in_use == 0
             assert not scheduler.num_running
 
             async def read() -> None:
@@ -66,7 +66,7 @@ def test_closing_the_iterator_frees_the_blocks(folder: Path) -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert scheduler.allocator.utilization.in_use == 0
+            assert scheduler.blocks.utilization.in_use == 0
 
     asyncio.run(run())
 

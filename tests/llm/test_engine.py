@@ -63,7 +63,7 @@ def at_rest(engine: Engine) -> None:
     with engine._lock:
         assert not scheduler.has_work
         assert not engine._processors
-        assert scheduler.allocator.utilization.in_use == 0
+        assert scheduler.blocks.utilization.in_use == 0
         scheduler.check_integrity()
 
 
@@ -318,7 +318,7 @@ def test_shutdown_in_the_middle_of_a_step(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="it was shut down"):
         engine.submit([3], GREEDY, deltas.put)
     engine.cancel("request-0")  # of one that has ended: nothing
-    assert engine.parts.scheduler.allocator.utilization.in_use == 0
+    assert engine.parts.scheduler.blocks.utilization.in_use == 0
 
 
 def test_a_listener_may_shut_down_cancel_and_submit(folder: Path) -> None:
@@ -397,7 +397,10 @@ def test_memory_is_planned_before_any_weight_is_read(folder: Path, monkeypatch: 
 
     monkeypatch.setattr("puna.engine.engine.load_model", load)
     with LLM(folder, max_model_len=100) as llm:
-        plan, per_block = llm.engine.parts.memory, llm.engine.parts.memory.cache // llm.engine.parts.memory.num_blocks
+        plan, per_block = (
+            llm.engine.parts.memory,
+            llm.engine.parts.memory.cache // llm.engine.parts.memory.num_blocks[0],
+        )
     assert len(read) == 1
     tight = plan.weights + plan.workspace + 6 * per_block
     for free, words in (

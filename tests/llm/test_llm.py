@@ -13,8 +13,10 @@ import torch
 
 from puna.config import RotaryScaling
 from puna.llm import LLM
-from puna.models import LLaMAForCausalLM
+from puna.models import LLaMAForCausalLM, load_model
+from puna.scheduling.block_allocator import DUMMY_BLOCK
 from puna.scheduling.sampling_params import SamplingParams
+from puna.scheduling.step_plan import StepPlan
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
@@ -60,7 +62,7 @@ def test_chunks_preemption_and_prefix_hits_change_nothing(tight_llm: LLM, dense:
     scheduler = tight_llm.engine.parts.scheduler
     assert scheduler.num_preemptions > 0
     assert scheduler.num_prefix_hit_tokens > 0
-    assert scheduler.allocator.utilization.in_use == 0
+    assert scheduler.blocks.utilization.in_use == 0
 
 
 @pytest.mark.parametrize(
@@ -84,14 +86,90 @@ def test_chunks_preemption_and_prefix_hits_change_nothing(tight_llm: LLM, dense:
     ids=["mistral", "qwen2", "mixtral", "dynamic", "longrope"],
 )
 def test_families(make_folder: Callable[..., Path], options: dict[str, Any]) -> None:
-    from puna.models import load_model
-
     folder = make_folder(**options)
     dense, many = load_model(folder), prompts(12, seed=2)
     with LLM(folder, block_size=4, max_num_batched_tokens=16, max_num_seqs=4) as it:
         for _ in range(2):
             for prompt, output in zip(many, it.generate(as_prompts(many), GREEDY), strict=True):
                 assert output.outputs[0].token_ids == greedy_alone(dense, prompt, 20)
+
+
+MIXED: list[dict[str, Any]] = [
+    {"architecture": "Qwen2ForCausalLM", "attn_bias": True, "sliding_window": 6, "sliding_window_layers": (2,)},
+    {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "sliding_window": 11, "sliding_window_layers": (0, 2)},
+]
+
+
+@pytest.fixture(scope="module", params=MIXED, ids=["qwen2", "qwen3"])
+def mixed_folder(request: pytest.FixtureRequest, make_folder: Callable[..., Path]) -> Path:
+    """Three layers, of which some see everything and some have a window, shorter than most prompts."""
+    return make_folder(num_layers=3, **request.param)
+
+
+def test_mixed_windows_in_a_tight_cache(mixed_folder: Path) -> None:
+    """Chunks, preemption and prefix hits, with what windowed layers can't see given back."""
+    dense, many = load_model(mixed_folder), prompts(30, seed=6, longest=80)
+    block_of_a_layer = 2 * 2 * 8 * 4 * 4
+    limits = {"max_model_len": 100, "max_num_seqs": 6, "max_num_batched_tokens": 7}
+    with LLM(mixed_folder, kv_cache_memory=90 * block_of_a_layer, block_size=4, **limits) as it:
+        for _ in range(2):
+            for prompt, output in zip(many, it.generate(as_prompts(many), GREEDY), strict=True):
+                assert output.outputs[0].token_ids == greedy_alone(dense, prompt, 20)
+        full, windowed = it.engine.parts.memory.num_blocks
+        assert windowed <= full < 37
+        scheduler = it.engine.parts.scheduler
+        assert scheduler.num_preemptions > 0
+        assert scheduler.num_prefix_hit_tokens > 0
+        assert scheduler.blocks.utilization.in_use == 0
+        scheduler.check_integrity()
+
+
+def test_forks_of_mixed_windows(mixed_folder: Path) -> None:
+    """Beams, and n continuations of a prompt."""
+    dense, many = load_model(mixed_folder), prompts(3, seed=7)
+    with LLM(mixed_folder, block_size=4, max_num_seqs=6, max_num_batched_tokens=9) as it:
+        found = it.beam_search(as_prompts(many), 3, 15, ignore_eos=True)
+        options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "eos_token_id": []}
+        for prompt, output in zip(many, found, strict=True):
+            rows = dense.generate(torch.tensor([prompt]), max_new_tokens=15, **options)
+            assert [beam.token_ids for beam in output.sequences] == rows[:, len(prompt) :].tolist()
+        sampled: dict[str, Any] = {"temperature": 1, "max_tokens": 15, "ignore_eos": True}
+        together = it.generate(as_prompts(many), SamplingParams(seed=5, n=4, **sampled))
+        for prompt, output in zip(many, together, strict=True):
+            alone = it.generate(as_prompts([prompt] * 4), [SamplingParams(seed=5 + i, **sampled) for i in range(4)])
+            assert [part.token_ids for part in output.outputs] == [one.outputs[0].token_ids for one in alone]
+        assert it.engine.parts.scheduler.blocks.utilization.in_use == 0
+
+
+def test_a_long_sequence_of_a_mixed_model_holds_a_window_of_blocks(
+    mixed_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, (prompt,) = load_model(mixed_folder), prompts(1, seed=8)
+    prompt = prompt * (170 // len(prompt))
+    window = dense.config.sliding_window
+    assert window is not None
+    held: list[tuple[int, int, int, int]] = []
+    with LLM(mixed_folder, block_size=4, max_num_batched_tokens=16, max_num_seqs=2) as it:
+        executor = it.engine.parts.executor
+        submit = executor.submit
+
+        def watched(plan: StepPlan) -> Any:
+            for row in plan.rows:
+                full, windowed = (sum(block != DUMMY_BLOCK for block in table) for table in row.block_ids)
+                held.append((row.sequence_length, len(row.token_ids), full, windowed))
+            return submit(plan)
+
+        monkeypatch.setattr(executor, "submit", watched)
+        (output,) = it.generate(as_prompts([prompt]), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    assert (
+        output.outputs[0].token_ids
+        == dense.generate(torch.tensor([prompt]), max_new_tokens=40, eos_token_id=[])[0, len(prompt) :].tolist()
+    )
+    assert {step for _, step, _, _ in held} >= {1, 16}
+    assert max(length for length, *_ in held) == len(prompt) + 39
+    for length, step, full, windowed in held:
+        assert full == -(-length // 4)
+        assert windowed <= -(-(window + step) // 4) + 1
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company(llm: LLM, tight_llm: LLM) -> None:

@@ -17,7 +17,7 @@ from puna.runtime.model_runner import ModelRunner
 from puna.runtime.sampler import Sampler
 from puna.runtime.step_buffers import StepBuffers
 from puna.scheduling.beams import BeamParams
-from puna.scheduling.block_allocator import BlockAllocator
+from puna.scheduling.block_manager import BlockManager
 from puna.scheduling.events import BeamEvent, PromptEvent, SequenceEvent
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -74,7 +74,7 @@ class Run:
     def __init__(self, runner: ModelRunner, budget: int = 64, num_blocks: int = NUM_BLOCKS) -> None:
         limits = SchedulerLimits(max_num_seqs=MAX_ROWS, max_num_batched_tokens=budget)
         self.runner = runner
-        self.scheduler = Scheduler(limits, BlockAllocator(num_blocks, SIZE))
+        self.scheduler = Scheduler(limits, BlockManager((num_blocks,), SIZE))
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.logprobs: dict[tuple[str, int], list[float]] = {}
         self.prompts: dict[str, dict[int, float]] = {}

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from puna.scheduling.block_allocator import DUMMY_BLOCK, BlockAllocator
+from puna.scheduling.block_allocator import DUMMY_BLOCK
+from puna.scheduling.block_manager import BlockManager
 from puna.scheduling.events import BeamEvent, Event, SequenceEvent
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import Scheduler, SchedulerLimits
 from puna.scheduling.sequence import Request
-from puna.scheduling.step_plan import PENDING_TOKEN, SampledToken, StepPlan, StepResult
+from puna.scheduling.step_plan import PENDING_TOKEN, SampledToken, StepPlan, StepResult, StepRow
+
+Windows = tuple[int | None, ...]
+# What the last token sees through each of the windows.
+Seen = tuple[tuple[int, ...], ...]
 
 VOCAB_SIZE = 50
 EOS = 7
 
 
 class FakeRunner:
-    """Reads every row's tokens back from the cache blocks, so that a wrong block shows as a wrong token."""
+    """Reads every row's tokens back from the cache blocks, so that a wrong block shows as a wrong token.
 
-    def __init__(self, block_size: int, sliding_window: int | None = None) -> None:
+    What it sees is what each of `windows` shows of the tokens, read through the blocks of that window.
+    """
+
+    def __init__(self, block_size: int, windows: Windows = (None,)) -> None:
         self.block_size = block_size
-        self.sliding_window = sliding_window
-        self.cache: dict[tuple[int, int], tuple[int, int]] = {}
+        self.windows = windows
+        self.caches: list[dict[tuple[int, int], tuple[int, int]]] = [{} for _ in windows]
         self.last: dict[int, int] = {}
         self.seeds: dict[int, int] = {}
         self.num_rows = self.num_tokens = 0
@@ -36,26 +44,28 @@ class FakeRunner:
             del self.seeds[ended]
         for new in plan.new_sequences:
             self.seeds[new.sequence_id] = new.seed
-        for _, source, target in plan.copies:
+        for window_idx, source, target in plan.copies:
+            cache = self.caches[window_idx]
             for offset in range(self.block_size):
-                if (source, offset) in self.cache:
-                    self.cache[target, offset] = self.cache[source, offset]
+                if (source, offset) in cache:
+                    cache[target, offset] = cache[source, offset]
         tokens, candidates = [], {}
         for row in plan.rows:
             for i, token in enumerate(row.token_ids):
                 position = row.first_position + i
                 known = self.last[row.sequence_id] if token == PENDING_TOKEN else token
-                self.cache[self._slot(row.block_ids[0], position)] = (position, known)
+                for cache, table in zip(self.caches, row.block_ids, strict=True):
+                    cache[self._slot(table, position)] = (position, known)
             self.num_tokens += len(row.token_ids)
         for row in plan.rows:
             if row.sampled_ids:
-                seen = self._visible(row.block_ids[0], row.sequence_length)
+                seen = self._visible(row)
                 for sequence_id in row.sampled_ids:
                     token = next_token(seen, self.seeds[sequence_id])
                     self.last[sequence_id] = token
                     tokens.append(SampledToken(sequence_id, token))
             elif row.num_candidates:
-                seen = self._visible(row.block_ids[0], row.sequence_length)
+                seen = self._visible(row)
                 candidates[row.sequence_id] = next_candidates(seen, row.num_candidates)
         self.num_rows = max(self.num_rows, len(plan.rows))
         return StepResult(tuple(tokens), candidates, {}, {})
@@ -65,35 +75,43 @@ class FakeRunner:
         assert block != DUMMY_BLOCK
         return block, position % self.block_size
 
-    def _visible(self, block_ids: tuple[int, ...], length: int) -> tuple[int, ...]:
-        first = 0 if self.sliding_window is None else max(0, length - self.sliding_window)
-        seen = []
-        for position in range(first, length):
-            stored_position, token = self.cache[self._slot(block_ids, position)]
-            assert stored_position == position
-            seen.append(token)
-        return tuple(seen)
+    def _visible(self, row: StepRow) -> Seen:
+        """Everything that a token of the row sees, from the first one on; of that, what the last one does."""
+        parts = []
+        for window, cache, table in zip(self.windows, self.caches, row.block_ids, strict=True):
+            first = 0 if window is None else max(0, row.first_position + 1 - window)
+            tokens = []
+            for position in range(first, row.sequence_length):
+                stored_position, token = cache[self._slot(table, position)]
+                assert stored_position == position
+                tokens.append(token)
+            parts.append(tuple(tokens if window is None else tokens[-window:]))
+        return tuple(parts)
 
 
-def _digest(seen: tuple[int, ...], seed: int) -> int:
+def visible(tokens: Sequence[int], windows: Windows) -> Seen:
+    """What each window shows of the tokens."""
+    return tuple(tuple(tokens if window is None else tokens[-window:]) for window in windows)
+
+
+def _digest(seen: Seen, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr((seen, seed)).encode(), digest_size=8).digest(), "little")
 
 
-def next_token(seen: tuple[int, ...], seed: int) -> int:
+def next_token(seen: Seen, seed: int) -> int:
     return _digest(seen, seed) % VOCAB_SIZE
 
 
-def next_candidates(seen: tuple[int, ...], count: int) -> tuple[tuple[int, float], ...]:
+def next_candidates(seen: Seen, count: int) -> tuple[tuple[int, float], ...]:
     scores = [(token, -(_digest(seen, token) % 10_000) / 1000) for token in range(VOCAB_SIZE)]
     return tuple(sorted(scores, key=lambda scored: -scored[1])[:count])
 
 
-def alone(request: Request, index: int = 0, sliding_window: int | None = None) -> tuple[list[int], str]:
+def alone(request: Request, index: int = 0, windows: Windows = (None,)) -> tuple[list[int], str]:
     """What one sequence of a request gets without any scheduler."""
     tokens = list(request.prompt_token_ids)
     for _ in range(request.max_tokens):
-        seen = tuple(tokens if sliding_window is None else tokens[-sliding_window:])
-        tokens.append(next_token(seen, request.seed + index))
+        tokens.append(next_token(visible(tokens, windows), request.seed + index))
         if tokens[-1] in request.eos_token_ids:
             return tokens[len(request.prompt_token_ids) :], "stop"
     return tokens[len(request.prompt_token_ids) :], "length"
@@ -102,9 +120,9 @@ def alone(request: Request, index: int = 0, sliding_window: int | None = None) -
 class Harness:
     """A scheduler and a fake runner, one step ahead of each other as in the engine, or in turns."""
 
-    def __init__(self, limits: SchedulerLimits, allocator: BlockAllocator, overlap: bool) -> None:
-        self.scheduler = Scheduler(limits, allocator)
-        self.runner = FakeRunner(allocator.block_size, limits.sliding_window)
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, overlap: bool) -> None:
+        self.scheduler = Scheduler(limits, blocks)
+        self.runner = FakeRunner(blocks.block_size, blocks.windows)
         self.overlap = overlap
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
@@ -154,10 +172,15 @@ def harness() -> Callable[..., Harness]:
     """A harness with 40 blocks of 4 tokens, 8 sequences and 32 tokens a step unless told otherwise."""
 
     def make(
-        num_blocks: int = 41, block_size: int = 4, caching: bool = True, overlap: bool = True, **limits: Any
+        num_blocks: tuple[int, ...] = (41,),
+        windows: Windows = (None,),
+        block_size: int = 4,
+        caching: bool = True,
+        overlap: bool = True,
+        **limits: Any,
     ) -> Harness:
         chosen = {"max_num_seqs": 8, "max_num_batched_tokens": 32} | limits
-        return Harness(SchedulerLimits(**chosen), BlockAllocator(num_blocks, block_size, caching), overlap)
+        return Harness(SchedulerLimits(**chosen), BlockManager(num_blocks, block_size, windows, caching), overlap)
 
     return make
 
@@ -175,6 +198,11 @@ def request_of() -> Callable[..., Request]:
 @pytest.fixture
 def tokens_alone() -> Callable[..., tuple[list[int], str]]:
     return alone
+
+
+@pytest.fixture
+def tokens_seen() -> Callable[..., Seen]:
+    return visible
 
 
 @pytest.fixture

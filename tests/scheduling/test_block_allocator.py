@@ -10,10 +10,10 @@ from puna.scheduling.block_allocator import DUMMY_BLOCK, BlockAllocator, Utiliza
 def test_the_dummy_block_is_never_handed_out() -> None:
     allocator = BlockAllocator(5)
     blocks = allocator.allocate(4)
-    assert blocks is not None
     assert DUMMY_BLOCK not in blocks
     assert len(set(blocks)) == 4
-    assert allocator.allocate(1) is None
+    with pytest.raises(ValueError, match="1 blocks are wanted, but 0 are free"):
+        allocator.allocate(1)
     allocator.release([*blocks, DUMMY_BLOCK])
     assert allocator.num_free == 4
     allocator.check_integrity([])
@@ -21,7 +21,8 @@ def test_the_dummy_block_is_never_handed_out() -> None:
 
 def test_all_or_nothing() -> None:
     allocator = BlockAllocator(4)
-    assert allocator.allocate(4) is None
+    with pytest.raises(ValueError, match="4 blocks are wanted, but 3 are free"):
+        allocator.allocate(4)
     assert allocator.num_free == 3
     assert allocator.allocate(0) == []
 
@@ -31,44 +32,44 @@ def test_a_published_prefix_is_found_until_its_place_is_needed() -> None:
     hashes = prefix_hashes([1, 2, 3, 4, 5], 2, b"")
     assert len(hashes) == 2
     blocks = allocator.allocate(2)
-    assert blocks is not None
     for block, prefix_hash in zip(blocks, hashes, strict=True):
         allocator.publish(block, prefix_hash)
     allocator.release(blocks)
     assert allocator.utilization == Utilization(in_use=0, cached=2, empty=2)
-    assert allocator.acquire_prefix(hashes) == blocks
-    assert allocator.acquire_prefix(hashes) == blocks
+    assert all(map(allocator.is_published, hashes))
+    assert allocator.acquire_published(hashes) == blocks
+    assert allocator.acquire_published(hashes) == blocks
     assert allocator.num_holders(blocks[0]) == 2
     allocator.check_integrity([blocks, blocks])
     allocator.release(blocks)
     allocator.release(blocks)
     # Empty blocks go first, then the end of the prefix, then its beginning.
-    assert set(allocator.allocate(2) or ()).isdisjoint(blocks)
+    assert set(allocator.allocate(2)).isdisjoint(blocks)
     assert allocator.allocate(1) == [blocks[1]]
-    assert allocator.acquire_prefix(hashes) == [blocks[0]]
-    assert allocator.acquire_prefix(hashes[1:]) == []
+    assert [allocator.is_published(prefix_hash) for prefix_hash in hashes] == [True, False]
+    assert allocator.acquire_published(hashes[:1]) == [blocks[0]]
 
 
 def test_the_least_recently_released_prefix_is_evicted_first() -> None:
     allocator = BlockAllocator(3, block_size=1)
-    first, second = allocator.allocate(2) or ()
+    first, second = allocator.allocate(2)
     allocator.publish(first, b"first")
     allocator.publish(second, b"second")
     allocator.release([first])
     allocator.release([second])
-    assert allocator.acquire_prefix([b"first"]) == [first]  # used again, so now the second is the older one
+    assert allocator.acquire_published([b"first"]) == [first]  # used again, so now the second is the older one
     allocator.release([first])
     assert allocator.allocate(1) == [second]
 
 
 def test_the_first_block_of_a_prefix_stays_the_one() -> None:
     allocator = BlockAllocator(4, block_size=1)
-    one, other = allocator.allocate(2) or ()
+    one, other = allocator.allocate(2)
     allocator.publish(one, b"same")
     allocator.publish(other, b"same")
     allocator.publish(one, b"another")
-    assert allocator.acquire_prefix([b"same"]) == [one]
-    assert allocator.acquire_prefix([b"another"]) == []
+    assert allocator.acquire_published([b"same"]) == [one]
+    assert not allocator.is_published(b"another")
     allocator.release([one, one, other])
     assert allocator.utilization == Utilization(in_use=0, cached=1, empty=2)
     allocator.clear_cache()
@@ -78,9 +79,9 @@ def test_the_first_block_of_a_prefix_stays_the_one() -> None:
 
 def test_without_caching_nothing_is_found() -> None:
     allocator = BlockAllocator(3, enable_prefix_caching=False)
-    (block,) = allocator.allocate(1) or ()
+    (block,) = allocator.allocate(1)
     allocator.publish(block, b"hash")
-    assert allocator.acquire_prefix([b"hash"]) == []
+    assert not allocator.is_published(b"hash")
 
 
 def test_hashes_cover_all_before_them_and_the_salt() -> None:
@@ -95,7 +96,7 @@ def test_hashes_cover_all_before_them_and_the_salt() -> None:
 
 def test_mistakes_are_found() -> None:
     allocator = BlockAllocator(4)
-    blocks = allocator.allocate(2) or []
+    blocks = allocator.allocate(2)
     with pytest.raises(RuntimeError, match="number of holders"):
         allocator.check_integrity([blocks, blocks])
     allocator.release(blocks)

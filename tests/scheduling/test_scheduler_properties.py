@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from puna.scheduling.beams import BeamParams, BeamSearch
 from puna.scheduling.sampling_params import SamplingParams
-from puna.scheduling.scheduler import QueueFullError
+from puna.scheduling.scheduler import QueueFullError, Scheduler
 
 PREFIXES = [tuple(random.Random(i).randrange(50) for _ in range(30)) for i in range(3)]
 
@@ -24,9 +24,9 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
     own = tuple(draw(st.lists(st.integers(0, 49), min_size=0 if shared else 1, max_size=20)))
     kind = draw(st.sampled_from(["one", "one", "one", "several", "beams"]))
     return {
-        "step": draw(st.integers(0, 30)),
+        "step": draw(st.integers(0, 8)),
         "prompt": shared + own,
-        "max_tokens": draw(st.integers(1, 25)),
+        "max_tokens": draw(st.integers(1, 40)),
         "seed": draw(st.integers(0, 3)),
         "priority": draw(st.integers(-1, 2)),
         "salt": draw(st.sampled_from([b"", b"", b"other"])),
@@ -38,24 +38,32 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def beams_alone(request: Any, next_candidates: Callable[..., Any], window: int | None) -> Any:
+@st.composite
+def pools(draw: st.DrawFn) -> dict[str, Any]:
+    """The windows of a model's layers, and a small pool for each, in which few requests have room at once."""
+    windows = draw(st.sampled_from([(None,), (5,), (13,), (None, 1), (None, 6), (None, 13), (None, 50), (3, 14)]))
+    return {
+        "windows": windows,
+        "num_blocks": tuple(draw(st.integers(20, 45) if window is None else st.integers(12, 30)) for window in windows),
+    }
+
+
+def beams_alone(request: Any, next_candidates: Callable[..., Any], seen: Callable[..., Any]) -> Any:
     search = BeamSearch(request.beams, request.eos_token_ids, request.max_tokens)
     running = [tuple(request.prompt_token_ids)]
     while True:
-        seen = [tokens if window is None else tokens[-window:] for tokens in running]
-        going_on = search.advance([next_candidates(tokens, search.num_candidates) for tokens in seen])
+        going_on = search.advance([next_candidates(seen(tokens), search.num_candidates) for tokens in running])
         if not going_on:
             return tuple(search.finished)
         running = [(*running[c.parent], c.token_id) for c in going_on]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    requests=st.lists(arrivals(), min_size=1, max_size=25),
-    num_blocks=st.integers(41, 90),
+    requests=st.lists(arrivals(), min_size=6, max_size=25),
+    pools=pools(),
     max_num_seqs=st.integers(4, 9),
-    budget=st.integers(9, 60),
-    window=st.sampled_from([None, None, 5, 13]),
+    budget=st.integers(9, 40),
     caching=st.booleans(),
     overlap=st.booleans(),
     max_skips=st.sampled_from([1, 10, 1000]),
@@ -65,22 +73,21 @@ def test_every_request_gets_what_it_gets_alone(
     request_of: Callable[..., Any],
     tokens_alone: Callable[..., Any],
     candidates_of: Callable[..., Any],
+    tokens_seen: Callable[..., Any],
     requests: list[dict[str, Any]],
-    num_blocks: int,
+    pools: dict[str, Any],
     max_num_seqs: int,
     budget: int,
-    window: int | None,
     caching: bool,
     overlap: bool,
     max_skips: int,
 ) -> None:
     it = harness(
-        num_blocks=num_blocks,
+        **pools,
         caching=caching,
         overlap=overlap,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        sliding_window=window,
         max_skips=max_skips,
     )
     made = {}
@@ -113,7 +120,8 @@ def test_every_request_gets_what_it_gets_alone(
     it.run()
 
     assert all("cache blocks" in reason for reason in reasons)
-    assert it.scheduler.allocator.utilization.in_use == 0
+    windows = pools["windows"]
+    assert it.scheduler.blocks.utilization.in_use == 0
     assert it.scheduler.num_running == it.scheduler.num_waiting == 0
     for name, request in made.items():
         if name in refused:
@@ -121,12 +129,12 @@ def test_every_request_gets_what_it_gets_alone(
         if request.beams is not None:
             event = it.beams[name]
             if event.finish_reason == "stop":
-                assert event.beams == beams_alone(request, candidates_of, window)
+                assert event.beams == beams_alone(request, candidates_of, lambda tokens: tokens_seen(tokens, windows))
             else:
                 assert name in cancelled
             continue
         for index in range(request.params.n):
-            expected, reason = tokens_alone(request, index, window)
+            expected, reason = tokens_alone(request, index, windows)
             found = it.outputs.get((name, index), [])
             if it.reasons.get((name, index)) in ("stop", "length"):
                 assert (found, it.reasons[name, index]) == (expected, reason)
@@ -138,6 +146,38 @@ def test_every_request_gets_what_it_gets_alone(
     leftover = it.scheduler.plan()
     assert leftover is None
     assert it.runner.seeds.keys() == set(it.scheduler._ended)
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 6)])
+def test_beams_that_are_preempted_while_their_step_runs(
+    harness: Callable[..., Any],
+    request_of: Callable[..., Any],
+    candidates_of: Callable[..., Any],
+    tokens_seen: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    windows: tuple[int | None, ...],
+) -> None:
+    """They wait without blocks when the step's candidates come, and go on from these later."""
+    waiting_widths = []
+    preempt = Scheduler._preempt
+
+    def watched(self: Scheduler, group: Any, step: Any) -> None:
+        if group.waits_for_result:
+            waiting_widths.append(len(group.sequences))
+        preempt(self, group, step)
+
+    monkeypatch.setattr(Scheduler, "_preempt", watched)
+    for start in range(16):
+        it = harness(num_blocks=(13,) * len(windows), windows=windows)
+        it.scheduler.add(request_of("urgent", tuple(range(15)), 30, priority=-1, eos_token_ids=frozenset()))
+        for _ in range(start):
+            it.step()
+        beams = request_of("beams", (5, 6, 7), 10, beams=BeamParams(width=3))
+        it.scheduler.add(beams)
+        it.run()
+        found = it.beams["beams"].beams
+        assert found == beams_alone(beams, candidates_of, lambda tokens: tokens_seen(tokens, windows))
+    assert 3 in waiting_widths
 
 
 def test_a_stream_of_urgent_requests_does_not_starve_another(

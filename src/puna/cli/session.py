@@ -23,8 +23,9 @@ from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import CompletionOutput, PositionLogprobs, RequestDelta, RequestOutput
 from puna.engine.tokenizer import Tokenizer
+from puna.mapping import Mapping
 from puna.models.loading import resolved_config
-from puna.planning.memory import key_value_bytes_per_token
+from puna.planning.memory_plan import Capacity, longest_context
 from puna.runtime.machine import peak_memory_bytes, usable_cpus
 
 
@@ -77,10 +78,15 @@ class OpenedModel:
 
     def within(self, cache_bytes: int) -> OpenedModel:
         """The same with a context whose keys and values fit into so many bytes."""
-        block_size = EngineConfig().block_size
-        num_blocks = cache_bytes // (key_value_bytes_per_token(self.config) * block_size)
-        fits = (num_blocks - 1) * block_size  # the engine keeps one for itself
-        return dataclasses.replace(self, context_length=max(1, min(self.context_length, fits)))
+        defaults = EngineConfig()
+        capacity = Capacity(
+            max_model_len=self.context_length,
+            max_num_seqs=1,
+            max_num_batched_tokens=defaults.max_num_batched_tokens,
+            block_size=defaults.block_size,
+        )
+        fits = longest_context(self.config, Mapping(), capacity, cache_bytes)
+        return dataclasses.replace(self, context_length=max(1, fits))
 
     @contextmanager
     def engine(

@@ -84,15 +84,13 @@ class LLaMAConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The windows for which the cache has blocks of their own. As yet a single one: that which sees farthest."""
-        found = [self.layer_window(layer) for layer in range(self.num_layers)]
-        return (None if None in found else self.sliding_window,)
+        """The different windows of the layers, None first. The cache has blocks of their own for each of them."""
+        found = {self.layer_window(layer) for layer in range(self.num_layers)}
+        return tuple(sorted(found, key=lambda window: window or 0))
 
     def window_idx(self, layer_idx: int) -> int:
-        """Which of `windows` a layer has its keys and values in."""
-        if not 0 <= layer_idx < self.num_layers:
-            raise ValueError(f"layer_idx is {layer_idx}: it must be in 0..{self.num_layers - 1}")
-        return 0
+        """Which of `windows` a layer has."""
+        return self.windows.index(self.layer_window(layer_idx))
 
     @property
     def context_length(self) -> int:

@@ -31,7 +31,7 @@ from puna.runtime.model_runner import ModelRunner
 from puna.runtime.sampler import Sampler, validate
 from puna.runtime.step_buffers import StepBuffers
 from puna.scheduling.beams import BeamParams
-from puna.scheduling.block_allocator import BlockAllocator
+from puna.scheduling.block_manager import BlockManager
 from puna.scheduling.events import Event
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -118,21 +118,21 @@ class Engine:
             config, comm.mapping, capacity, available_memory(comm.device), engine_config.kv_cache_memory
         )
         network = load_model(checkpoint, config.dtype, comm=comm)
-        windows = [config.layer_window(layer) for layer in range(config.num_layers)]
         limits = SchedulerLimits(
             max_num_seqs=capacity.max_num_seqs,
             max_num_batched_tokens=capacity.max_num_batched_tokens,
             max_waiting=engine_config.max_waiting,
             max_skips=engine_config.max_skips,
             max_scored_tokens=capacity.max_scored_tokens,
-            sliding_window=None if None in windows else max(window for window in windows if window is not None),
         )
-        allocator = BlockAllocator(memory.num_blocks, capacity.block_size, engine_config.enable_prefix_caching)
+        blocks = BlockManager(
+            memory.num_blocks, capacity.block_size, config.windows, engine_config.enable_prefix_caching
+        )
         eos = _eos_token_ids(checkpoint.generation_config, tokenizer)
         grammars = GrammarCompiler(TokenBytes(tokenizer), eos, config.vocab_size)
         runner = ModelRunner(
             network,
-            KVPool(config, comm, (memory.num_blocks,), capacity.block_size),
+            KVPool(config, comm, memory.num_blocks, capacity.block_size),
             StepBuffers(
                 capacity.max_num_batched_tokens,
                 capacity.max_num_seqs,
@@ -149,7 +149,7 @@ class Engine:
                 generation_config=checkpoint.generation_config,
                 engine_config=engine_config,
                 tokenizer=tokenizer,
-                scheduler=Scheduler(limits, allocator),
+                scheduler=Scheduler(limits, blocks),
                 executor=LocalExecutor(runner),
                 grammars=grammars,
                 memory=memory,

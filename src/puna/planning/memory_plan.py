@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 from dataclasses import dataclass
 
 from puna.config import LLaMAConfig
 from puna.mapping import Mapping
-from puna.planning.memory import DTYPE_BYTES, key_value_bytes_per_token, parameter_counts
+from puna.planning.memory import DTYPE_BYTES, parameter_counts
+from puna.scheduling.block_manager import most_blocks
 
 # Of what is left after weights and workspace, the share that the cache may take if nobody says how much. Other
 # processes, and the pages of the checkpoint's files, want the rest.
@@ -26,12 +29,12 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes by what they are for, and the cache's blocks (the dummy block included)."""
+    """Bytes by what they are for; and for each of the config's `windows` the cache's blocks, the dummy included."""
 
     weights: int
     workspace: int
     cache: int
-    num_blocks: int
+    num_blocks: tuple[int, ...]
 
     @property
     def total(self) -> int:
@@ -44,6 +47,9 @@ def plan_memory(
     """Sums up a rank's memory and sizes its cache: as `kv_cache_memory` says, or what all sequences can need at once
     if that fits into most of what is left. All ranks get the same plan, which is that of the fullest one.
 
+    Where layers have different windows, each has as many blocks as the others while that is of use: so there are never
+    fewer of any than if all layers shared one table, and what windowed layers can't use goes to the others.
+
     `available` and `kv_cache_memory` are bytes. Raises ValueError, with the sums and the largest context and batch that
     would fit, where not even one sequence of `max_model_len` tokens does.
     """
@@ -55,12 +61,6 @@ def plan_memory(
             f"the model does not fit: weights of {_gib(weights)} and a workspace of {_gib(workspace)} are more than "
             f"the {_gib(available)} that are free: use a smaller model or dtype, or a smaller max_num_batched_tokens"
         )
-    bytes_per_block = key_value_bytes_per_token(config) * capacity.block_size
-    # A rank holds a share of the heads, but at least one of them, and of the layers.
-    bytes_per_block = bytes_per_block // (config.num_kv_heads * config.num_layers)
-    bytes_per_block *= -(-config.num_kv_heads // mapping.tp_size) * _held_layers(config, mapping)
-    blocks_per_sequence = -(-capacity.max_model_len // capacity.block_size)
-    wanted = blocks_per_sequence * capacity.max_num_seqs + 1
     if kv_cache_memory is not None:
         budget, source = kv_cache_memory, "kv_cache_memory"
         if kv_cache_memory > left:
@@ -70,16 +70,64 @@ def plan_memory(
             )
     else:
         budget, source = int(left * _CACHE_SHARE), "the cache"
-    num_blocks = min(wanted, budget // bytes_per_block)
-    if num_blocks < blocks_per_sequence + 1:
-        longest = max(0, num_blocks - 1) * capacity.block_size
+    needed = _cache_bytes(config, mapping, _num_blocks(config, capacity, 1), capacity.block_size)
+    if needed > budget:
+        longest = longest_context(config, mapping, capacity, budget)
         raise ValueError(
-            f"max_model_len is {capacity.max_model_len}, whose keys and values take "
-            f"{_gib((blocks_per_sequence + 1) * bytes_per_block)}, but {source} has {_gib(budget)} (free "
-            f"{_gib(available)}, weights {_gib(weights)}, workspace {_gib(workspace)}): the largest context that fits "
-            f"is {longest} tokens, for one sequence at a time"
+            f"max_model_len is {capacity.max_model_len}, whose keys and values take {_gib(needed)}, but {source} has "
+            f"{_gib(budget)} (free {_gib(available)}, weights {_gib(weights)}, workspace {_gib(workspace)}): the "
+            f"largest context that fits is {longest} tokens, for one sequence at a time"
         )
-    return MemoryPlan(weights=weights, workspace=workspace, cache=num_blocks * bytes_per_block, num_blocks=num_blocks)
+    num_blocks = _largest_that_fits(config, mapping, capacity, budget)
+    cache = _cache_bytes(config, mapping, num_blocks, capacity.block_size)
+    return MemoryPlan(weights=weights, workspace=workspace, cache=cache, num_blocks=num_blocks)
+
+
+def longest_context(config: LLaMAConfig, mapping: Mapping, capacity: Capacity, budget: int) -> int:
+    """The most tokens, up to `capacity.max_model_len`, that one sequence can have with a cache of `budget` bytes."""
+
+    def takes(num_tokens: int) -> int:
+        shorter = dataclasses.replace(capacity, max_model_len=num_tokens)
+        return _cache_bytes(config, mapping, _num_blocks(config, shorter, 1), capacity.block_size)
+
+    size = capacity.block_size
+    blocks = bisect.bisect_right(
+        range(1, -(-capacity.max_model_len // size) + 1), budget, key=lambda n: takes(n * size)
+    )
+    return min(blocks * size, capacity.max_model_len)
+
+
+def _num_blocks(config: LLaMAConfig, capacity: Capacity, num_sequences: int) -> tuple[int, ...]:
+    """For each window, the most blocks that so many sequences hold at once, and the dummy block."""
+    length, step, size = capacity.max_model_len, capacity.max_num_batched_tokens, capacity.block_size
+    return tuple(most_blocks(window, length, num_sequences, step, size) + 1 for window in config.windows)
+
+
+def _cache_bytes(config: LLaMAConfig, mapping: Mapping, num_blocks: tuple[int, ...], block_size: int) -> int:
+    """Bytes of the fullest rank's keys and values."""
+    # A rank holds a share of the heads, but at least one of them.
+    heads = -(-config.num_kv_heads // mapping.tp_size)
+    per_block = 2 * heads * config.head_size * block_size * DTYPE_BYTES[config.dtype]
+    stages = (dataclasses.replace(mapping, rank=stage * mapping.tp_size) for stage in range(mapping.pp_size))
+    blocks_of = dict(zip(config.windows, num_blocks, strict=True))
+    held = (stage.pp_layers(config.num_layers) for stage in stages)
+    return per_block * max(sum(blocks_of[config.layer_window(layer)] for layer in layers) for layers in held)
+
+
+def _largest_that_fits(config: LLaMAConfig, mapping: Mapping, capacity: Capacity, budget: int) -> tuple[int, ...]:
+    """Equally many blocks for each window, but no fewer than one sequence needs, and no more than all can use."""
+    bounds = list(
+        zip(_num_blocks(config, capacity, 1), _num_blocks(config, capacity, capacity.max_num_seqs), strict=True)
+    )
+
+    def at(count: int) -> tuple[int, ...]:
+        return tuple(min(max(count, least), most) for least, most in bounds)
+
+    counts = range(1, max(most for _, most in bounds) + 1)
+    fitting = bisect.bisect_right(
+        counts, budget, key=lambda count: _cache_bytes(config, mapping, at(count), capacity.block_size)
+    )
+    return at(fitting)
 
 
 def _held_layers(config: LLaMAConfig, mapping: Mapping) -> int:

@@ -57,21 +57,21 @@ class BlockAllocator:
     def utilization(self) -> Utilization:
         return Utilization(self.num_blocks - 1 - self.num_free, len(self._cached), len(self._empty))
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks with one reference each and unspecified content, or None where fewer are free."""
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each and unspecified content. Raises ValueError where fewer are free."""
         if count > self.num_free:
-            return None
+            raise ValueError(f"{count} blocks are wanted, but {self.num_free} are free: look at num_free before")
         return [self._take() for _ in range(count)]
 
-    def acquire_prefix(self, hashes: Sequence[bytes]) -> list[int]:
-        """One reference to each block of the longest run of `hashes` that is published, from the first on."""
-        blocks: list[int] = []
-        for prefix_hash in hashes:
-            block = self._block_of.get(prefix_hash)
-            if block is None:
-                break
+    def is_published(self, prefix_hash: bytes) -> bool:
+        """Whether a block holds what the hash stands for."""
+        return prefix_hash in self._block_of
+
+    def acquire_published(self, hashes: Sequence[bytes]) -> list[int]:
+        """One reference to the block of each of the hashes, all of which must be published."""
+        blocks = [self._block_of[prefix_hash] for prefix_hash in hashes]
+        for block in blocks:
             self.acquire(block)
-            blocks.append(block)
         return blocks
 
     def acquire(self, block: int) -> None:

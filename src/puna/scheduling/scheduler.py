@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
 
-from puna.scheduling.block_allocator import DUMMY_BLOCK, BlockAllocator, prefix_hashes
+from puna.scheduling.block_manager import BlockManager
 from puna.scheduling.events import BeamEvent, Event, PromptEvent, SequenceEvent
 from puna.scheduling.group import Group, WaitingQueue
 from puna.scheduling.sequence import FinishReason, Request, Sequence
@@ -46,8 +46,6 @@ class SchedulerLimits:
     max_skips: int = 256
     # Tokens of a step whose logits are computed for prompt_logprobs: each takes a vocabulary's worth of memory.
     max_scored_tokens: int = 128
-    # The window of the layer that sees farthest, or None where some layer sees everything.
-    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_skips", "max_scored_tokens"):
@@ -88,9 +86,9 @@ class Scheduler:
     One plan may be made while the one before it still runs; `commit` takes their results in the same order.
     """
 
-    def __init__(self, limits: SchedulerLimits, allocator: BlockAllocator) -> None:
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
         self.limits = limits
-        self.allocator = allocator
+        self.blocks = blocks
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
         self.num_prefix_query_tokens = 0
@@ -120,7 +118,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises QueueFullError, or ValueError for one that could never run with these limits."""
-        limits, size = self.limits, self.allocator.block_size
+        limits = self.limits
         if request.request_id in self._groups_of:
             raise ValueError(f"request_id {request.request_id!r} is in use: give every request its own")
         if not request.prompt_token_ids:
@@ -131,12 +129,8 @@ class Scheduler:
                 f"{limits.max_num_seqs}: ask for fewer, or start with more"
             )
         longest = len(request.prompt_token_ids) + request.max_tokens
-        blocks = self._num_blocks(longest) * (1 if request.beams is None else request.num_sequences)
-        if blocks > self.allocator.num_blocks - 1:
-            raise ValueError(
-                f"{longest} tokens (prompt and max_tokens) need {blocks} cache blocks of {size}, but there are "
-                f"{self.allocator.num_blocks - 1}: ask for fewer tokens, or give the cache more memory"
-            )
+        at_once = 1 if request.beams is None else request.num_sequences
+        self.blocks.check_length(longest, at_once, limits.max_num_batched_tokens)
         if limits.max_waiting is not None and len(self._waiting) >= limits.max_waiting:
             raise QueueFullError(
                 f"{len(self._waiting)} requests are waiting, which is the most allowed: try again later"
@@ -193,11 +187,10 @@ class Scheduler:
             self._admit(step)
         if not step.rows and (self._running or not self._ended):
             return None
-        size = self.allocator.block_size
         for group in step.groups:
             for sequence in group.sequences:
-                if sequence.num_computed // size > sequence.num_published:
-                    self._publish(sequence)
+                if sequence.num_computed >= sequence.settle_at:
+                    self.blocks.settle(sequence)
         plan = StepPlan(tuple(step.rows), tuple(step.copies), tuple(self._new), tuple(self._ended))
         self._new, self._ended = [], []
         return plan
@@ -226,16 +219,11 @@ class Scheduler:
         """Raises RuntimeError where blocks or queues contradict each other; for tests and debugging."""
         groups = [*self._running, *self._waiting]
         sequences = [sequence for group in groups for sequence in group.sequences]
-        self.allocator.check_integrity([sequence.blocks for sequence in sequences])
+        self.blocks.check_integrity(sequences)
         if len(set(groups)) != len(groups) or {s.sequence_id for s in sequences} != self._sequences.keys():
             raise RuntimeError("the scheduler is corrupt: a group is in two queues, or a sequence in none")
         if set(groups) != {group for known in self._groups_of.values() for group in known}:
             raise RuntimeError("the scheduler is corrupt: requests and queues differ")
-        for sequence in sequences:
-            if sequence.num_computed > len(sequence.blocks) * self.allocator.block_size:
-                raise RuntimeError(
-                    f"the scheduler is corrupt: sequence {sequence.sequence_id} has tokens without a block"
-                )
 
     # ---- planning
 
@@ -250,9 +238,7 @@ class Scheduler:
             step.budget == 0
             or group.beam_search is not None
             or not group.is_introduced
-            or position % self.allocator.block_size == 0
-            or self.limits.sliding_window is not None
-            or self.allocator.num_holders(sequence.blocks[-1]) > 1
+            or not self.blocks.is_within_own_block(sequence)
         ):
             return False
         if sequence.num_pending:
@@ -279,9 +265,7 @@ class Scheduler:
         if first.num_pending and first.num_tokens - first.prompt_length >= first.request.max_tokens:
             return  # the token that is on its way is the last one
         counts = group.counts(step.budget_of(group))
-        for sequence in group.sequences:
-            self._drop_unseen(sequence)
-        while not self._reserve(group, counts, step):
+        while (copies := self.blocks.reserve(group.sequences, counts)) is None:
             less_urgent = [other for other in self._running if other not in step.groups and other is not group]
             victim = max(less_urgent, key=lambda other: other.urgency, default=group)
             if victim.urgency > group.urgency:
@@ -290,44 +274,12 @@ class Scheduler:
                 self._preempt(group, step)
                 return
             else:
-                room = self._room(first) if len(counts) == 1 else 0
+                room = self.blocks.free_tokens(first) if len(counts) == 1 else 0
                 if room == 0:
                     return  # rows planned already will free blocks, or give theirs back
                 counts = [min(counts[0], room)]
+        step.copies += copies
         self._add_rows(group, counts, step)
-
-    def _room(self, sequence: Sequence) -> int:
-        """Tokens that fit into the sequence's last block and into the free ones, if it need not copy any."""
-        size = self.allocator.block_size
-        return (len(sequence.blocks) + self.allocator.num_free) * size - sequence.num_computed
-
-    def _reserve(self, group: Group, counts: list[int], step: _Step) -> bool:
-        """Blocks of their own for the next tokens of every sequence, all or none; plans the copies of shared ones."""
-        size, allocator = self.allocator.block_size, self.allocator
-        wanted: list[tuple[Sequence, bool, int]] = []
-        leaving: dict[int, int] = {}
-        for sequence, count in zip(group.sequences, counts, strict=True):
-            more = max(0, -(-(sequence.num_computed + count) // size) - len(sequence.blocks))
-            copies = False
-            if count and sequence.num_computed % size:
-                block = sequence.blocks[sequence.num_computed // size]
-                # Of several beams that share the block, the last one keeps it.
-                copies = allocator.num_holders(block) - leaving.get(block, 0) > 1
-                leaving[block] = leaving.get(block, 0) + copies
-            wanted.append((sequence, copies, more))
-        blocks = allocator.allocate(sum(copies + more for _, copies, more in wanted))
-        if blocks is None:
-            return False
-        for sequence, copies, more in wanted:
-            if copies:
-                place, new = sequence.num_computed // size, blocks.pop()
-                step.copies.append(BlockCopy(0, sequence.blocks[place], new))
-                allocator.release([sequence.blocks[place]])
-                sequence.blocks[place] = new
-            sequence.blocks += [blocks.pop() for _ in range(more)]
-            if copies or more:
-                sequence.blocks_changed()
-        return True
 
     def _add_rows(self, group: Group, counts: list[int], step: _Step) -> None:
         step.groups.add(group)
@@ -375,8 +327,7 @@ class Scheduler:
         for index in range(group.seats):
             if index > 0:
                 twin = group.sequences[0].fork(next(self._sequence_ids), index)
-                for block in twin.blocks:
-                    self.allocator.acquire(block)
+                self.blocks.share(twin)
                 own = Group(request, twin, group.arrival, seats=1)
                 own.is_introduced = True
                 if group.is_overdue:
@@ -407,15 +358,16 @@ class Scheduler:
             if seats + group.seats > self.limits.max_num_seqs or step.budget_of(group) < len(group.sequences):
                 return
             for sequence in group.sequences:
-                self._match_prefix(sequence)
-            missing = sum(self._num_blocks(s.num_tokens) - len(s.blocks) for s in group.sequences)
+                self.blocks.begin(sequence)
             counts = group.counts(step.budget_of(group))
             # With nothing running there is nothing to wait for, and `add` made sure that it fits in the end.
-            fits = missing <= self.allocator.num_free or not self._running
-            if not fits or not self._reserve(group, counts, step):
+            fits = not self._running or self.blocks.has_room(group.sequences, self.limits.max_num_batched_tokens)
+            copies = self.blocks.reserve(group.sequences, counts) if fits else None
+            if copies is None:
                 for sequence in group.sequences:
-                    self._give_back(sequence)
+                    self.blocks.release(sequence)
                 return
+            step.copies += copies
             self._waiting.remove(group)
             self._running[group] = None
             seats += group.seats
@@ -425,64 +377,11 @@ class Scheduler:
 
     def _preempt(self, group: Group, step: _Step) -> None:
         for sequence in group.sequences:
-            self._publish(sequence)
-            self._give_back(sequence)
+            self.blocks.release(sequence)
         del self._running[group]
         self._waiting.push(group, self._num_plans)
         self.num_preemptions += 1
         step.preempted = True
-
-    # ---- blocks
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        """Blocks that a sequence of that length holds at once, at the most."""
-        window = self.limits.sliding_window
-        if window is not None:
-            # What the first token of the largest chunk sees, the chunk, and a block that is cut at either end.
-            num_tokens = min(num_tokens, window + self.limits.max_num_batched_tokens + 2 * self.allocator.block_size)
-        return -(-num_tokens // self.allocator.block_size)
-
-    def _match_prefix(self, sequence: Sequence) -> None:
-        """Takes over published blocks; never the last token's, whose logits are still wanted."""
-        request, size = sequence.request, self.allocator.block_size
-        if not self.allocator.enable_prefix_caching or request.params.prompt_logprobs is not None:
-            return
-        sequence.hashes = prefix_hashes(sequence.token_ids, size, request.cache_salt, sequence.hashes)
-        sequence.blocks = self.allocator.acquire_prefix(sequence.hashes[: (sequence.num_tokens - 1) // size])
-        sequence.num_computed = len(sequence.blocks) * size
-        sequence.num_published = len(sequence.blocks)
-        sequence.blocks_changed()
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Makes the blocks findable whose tokens are known and computed, or will be before the next plan runs."""
-        size = self.allocator.block_size
-        full = min(sequence.num_computed, len(sequence.token_ids)) // size
-        if not self.allocator.enable_prefix_caching or full <= sequence.num_published:
-            return
-        sequence.hashes = prefix_hashes(sequence.token_ids, size, sequence.request.cache_salt, sequence.hashes)
-        for place in range(sequence.num_published, full):
-            if sequence.blocks[place] != DUMMY_BLOCK:
-                self.allocator.publish(sequence.blocks[place], sequence.hashes[place])
-        sequence.num_published = full
-
-    def _drop_unseen(self, sequence: Sequence) -> None:
-        """Gives back the blocks that no token to come can see through the sliding window."""
-        if self.limits.sliding_window is None:
-            return
-        unseen = (sequence.num_computed - self.limits.sliding_window + 1) // self.allocator.block_size
-        if unseen > sequence.num_unseen:
-            self._publish(sequence)
-            self.allocator.release(sequence.blocks[sequence.num_unseen : unseen])
-            sequence.blocks[sequence.num_unseen : unseen] = [DUMMY_BLOCK] * (unseen - sequence.num_unseen)
-            sequence.num_unseen = unseen
-            sequence.blocks_changed()
-
-    def _give_back(self, sequence: Sequence) -> None:
-        """Back to nothing computed and no blocks."""
-        self.allocator.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.num_computed = sequence.num_published = sequence.num_unseen = 0
-        sequence.blocks_changed()
 
     # ---- results
 
@@ -518,12 +417,11 @@ class Scheduler:
             if sequence in group.sequences:
                 sequence = sequence.fork(next(self._sequence_ids), len(group.sequences))
                 self._sequences[sequence.sequence_id] = group
-                for block in sequence.blocks:
-                    self.allocator.acquire(block)
+                self.blocks.share(sequence)
             group.sequences.append(sequence)
         for sequence in parents:
             if sequence not in group.sequences:
-                self.allocator.release(sequence.blocks)
+                self.blocks.release(sequence)
                 del self._sequences[sequence.sequence_id]
         for sequence, continuation in zip(group.sequences, going_on, strict=True):
             sequence.token_ids.append(continuation.token_id)
@@ -550,8 +448,7 @@ class Scheduler:
     def _drop(self, group: Group) -> None:
         """Forgets a group that has ended; its full blocks stay cached."""
         for sequence in group.sequences:
-            self._publish(sequence)
-            self.allocator.release(sequence.blocks)
+            self.blocks.release(sequence)
             del self._sequences[sequence.sequence_id]
             if group.is_introduced:
                 self._ended.append(sequence.sequence_id)

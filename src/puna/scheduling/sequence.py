@@ -43,14 +43,15 @@ class Sequence:
     """The tokens of one sequence, and how far they are computed.
 
     `num_pending` tokens were chosen by a step whose result is not here yet; they count in `num_tokens`. `num_computed`
-    positions are in the cache, or will be when the steps planned so far have run. Of its blocks, the first
-    `num_published` are findable by others, and the first `num_unseen` are given back, since they are outside of the
-    sliding window.
+    positions are in the cache, or will be when the steps planned so far have run.
+
+    `tables` are its blocks, one list for each window that layers have; none while it waits. Of these the first
+    `num_published` are findable by others, and in each table the first `num_unseen` are given back. All of this is
+    BlockManager's, which has something to do with it again once `settle_at` positions are computed.
     """
 
     __slots__ = (
-        "_block_tuple",
-        "blocks",
+        "_block_ids",
         "finish_reason",
         "hashes",
         "index",
@@ -61,6 +62,8 @@ class Sequence:
         "prompt_length",
         "request",
         "sequence_id",
+        "settle_at",
+        "tables",
         "token_ids",
     )
 
@@ -73,11 +76,12 @@ class Sequence:
         self.num_pending = 0
         self.num_computed = 0
         self.num_published = 0
-        self.num_unseen = 0
-        self.blocks: list[int] = []
+        self.settle_at = 0
+        self.tables: list[list[int]] = []
+        self.num_unseen: list[int] = []
         self.hashes: list[bytes] = []
         self.finish_reason: FinishReason | None = None
-        self._block_tuple: tuple[tuple[int, ...], ...] | None = None
+        self._block_ids: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -85,13 +89,13 @@ class Sequence:
 
     @property
     def block_ids(self) -> tuple[tuple[int, ...], ...]:
-        """The blocks, as a plan keeps them; made anew only when they have changed."""
-        if self._block_tuple is None:
-            self._block_tuple = (tuple(self.blocks),)
-        return self._block_tuple
+        """The tables, as a plan keeps them; made anew only when they have changed."""
+        if self._block_ids is None:
+            self._block_ids = tuple(map(tuple, self.tables))
+        return self._block_ids
 
-    def blocks_changed(self) -> None:
-        self._block_tuple = None
+    def tables_changed(self) -> None:
+        self._block_ids = None
 
     def fork(self, sequence_id: int, index: int) -> Sequence:
         """A sequence with the same tokens, computed as far, in the same blocks; whose references the caller counts."""
@@ -100,7 +104,8 @@ class Sequence:
         twin.num_pending = self.num_pending
         twin.num_computed = self.num_computed
         twin.num_published = self.num_published
-        twin.num_unseen = self.num_unseen
-        twin.blocks = list(self.blocks)
+        twin.settle_at = self.settle_at
+        twin.tables = [list(table) for table in self.tables]
+        twin.num_unseen = list(self.num_unseen)
         twin.hashes = list(self.hashes)
         return twin

@@ -1,0 +1,42 @@
+"""KVPool of a mixed model: as many blocks as their window's pool has, and copies in the layers that it is about."""
+
+from __future__ import annotations
+
+import pytest
+
+from puna.config import LLaMAConfig
+from puna.distributed import NullCommunicator
+from puna.runtime.kv_pool import KVPool
+from puna.scheduling.step_plan import BlockCopy
+
+CONFIG = LLaMAConfig(
+    architecture="Qwen2ForCausalLM",
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    hidden_size=32,
+    mlp_hidden_size=48,
+    vocab_size=97,
+    sliding_window=6,
+    sliding_window_layers=(1, 3),
+)
+
+
+def test_layers_have_the_blocks_of_their_window() -> None:
+    pool = KVPool(CONFIG, NullCommunicator(), (6, 3), 4)
+    for caches in (pool.key_caches, pool.value_caches):
+        assert [tuple(cache.shape) for cache in caches] == [(6, 2, 4, 8), (3, 2, 4, 8)] * 2
+    for wrong in ((6,), (6, 3, 3), (6, 0)):
+        with pytest.raises(ValueError, match=r"give a number for each of the windows \(None, 6\)"):
+            KVPool(CONFIG, NullCommunicator(), wrong, 4)
+
+
+def test_copies_are_of_one_windows_layers() -> None:
+    pool = KVPool(CONFIG, NullCommunicator(), (6, 3), 4)
+    for cache in (*pool.key_caches, *pool.value_caches):
+        for block in range(len(cache)):
+            cache[block] = block
+    pool.copy_blocks([BlockCopy(1, 1, 2), BlockCopy(0, 1, 5), BlockCopy(0, 5, 1), BlockCopy(1, 2, 0)])
+    for caches in (pool.key_caches, pool.value_caches):
+        assert [cache[:, 0, 0, 0].tolist() for cache in caches] == [[0, 5, 2, 3, 4, 1], [2, 1, 1]] * 2
