@@ -26,7 +26,11 @@
 #pragma GCC diagnostic pop
 #endif
 
+#if defined(PUNA_AVX512) || defined(PUNA_AVX2)
 #define PUNA_INLINE inline __attribute__((always_inline))
+#else
+#define PUNA_INLINE inline  // a wrapper is a loop here: everything inlined would take minutes to compile
+#endif
 
 namespace puna::PUNA_LEVEL {
 
@@ -142,6 +146,8 @@ PUNA_INLINE I load_int(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; 
 PUNA_INLINE void store_int(std::int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 PUNA_INLINE I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 PUNA_INLINE I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+template <int kBits>
+PUNA_INLINE I shift_left(I a) { return {_mm512_slli_epi32(a.v, kBits)}; }
 PUNA_INLINE I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
 PUNA_INLINE std::int32_t sum(I a) { return _mm512_reduce_add_epi32(a.v); }
 PUNA_INLINE std::int32_t maximum(I a) { return _mm512_reduce_max_epi32(a.v); }
@@ -258,6 +264,8 @@ PUNA_INLINE void store_int(std::int32_t* p, I x) {
 }
 PUNA_INLINE I operator+(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 PUNA_INLINE I max(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+template <int kBits>
+PUNA_INLINE I shift_left(I x) { return {_mm256_slli_epi32(x.a, kBits), _mm256_slli_epi32(x.b, kBits)}; }
 PUNA_INLINE I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 PUNA_INLINE std::int32_t sum(I x) {
   const __m256i eight = _mm256_add_epi32(x.a, x.b);
@@ -382,6 +390,12 @@ PUNA_INLINE I load_int(const std::int32_t* p) { I r; std::memcpy(r.v, p, sizeof 
 PUNA_INLINE void store_int(std::int32_t* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
 PUNA_INLINE I operator+(I a, I b) { I r; PUNA_EACH_LANE r.v[i] = a.v[i] + b.v[i]; return r; }
 PUNA_INLINE I max(I a, I b) { I r; PUNA_EACH_LANE r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
+template <int kBits>
+PUNA_INLINE I shift_left(I a) {
+  I r;
+  PUNA_EACH_LANE r.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << kBits);
+  return r;
+}
 PUNA_INLINE I bits_of(F a) { I r; std::memcpy(r.v, a.v, sizeof r.v); return r; }
 PUNA_INLINE std::int32_t sum(I a) { std::int32_t total = 0; PUNA_EACH_LANE total += a.v[i]; return total; }
 PUNA_INLINE std::int32_t maximum(I a) {
