@@ -13,6 +13,8 @@ import typer
 import typer.main
 
 from puna import __version__
+from puna.cli.bench import bench
+from puna.cli.build import build
 from puna.cli.chat import chat
 from puna.cli.errors import exit_code_of, one_line_warnings
 from puna.cli.evaluate import eval_app
@@ -29,6 +31,8 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(info)
+app.command()(build)
+app.command()(bench)
 app.command()(train)
 app.add_typer(eval_app, name="eval")
 

@@ -1,4 +1,4 @@
-"""`puna build`: writes an engine directory, a model's weights as the kernels want them, which starts by being mapped."""
+"""`puna build`: writes an engine directory, a model's weights as the kernels want them, mapped at start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def build(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, a hub id or 'demo'.")],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="ENGINE", help="The directory to write; it must not exist, or be empty."),
+        typer.Option("--output", "-o", metavar="ENGINE", help="The directory to write, which must be new or empty."),
     ],
     quantization: Annotated[
         Quantization | None, typer.Option(help="Format of the weights; as they are stored if not given.")
