@@ -82,8 +82,10 @@ PUNA_INLINE std::int32_t int_at(const std::byte* p) {
   return value;
 }
 
-// How many bytes ahead of its use a weight is asked for.
-constexpr std::int64_t kPrefetchAhead = 3072;
+// How many bytes ahead of its use a weight is asked for: first for the second-level cache, which has more requests under way
+// than the first (48 and 16 on Sapphire Rapids), then for the first. Of a plain read's speed, one thread, one row, reaches
+// with both 100 % at 8 bits and 95 % at 4; with the near one alone 96 and 83, with the far one alone 90 at 4, with none 67.
+constexpr std::int64_t kPrefetchFar = 8192, kPrefetchNear = 2304;
 
 // sums[row][0 .. 31] continues over `blocks` blocks, for kRows rows of records, `x_stride` bytes apart. `following` is what
 // will be read after these blocks.
@@ -93,6 +95,8 @@ __attribute__((noinline)) void multiply_tile(Weight weight, std::int64_t blocks,
   constexpr bool kInRegisters = kRows <= kDotRowsInRegisters;
   constexpr int kGroups = Weight::kGroups, kGroupQuads = 8 / kGroups;
   constexpr std::int64_t kRecord = kGroups == 2 ? 48 : 40;
+  [[maybe_unused]] const std::byte* start = nullptr;
+  if constexpr (Weight::kPrefetch) start = weight.block;
   F acc[kRows][2];
   if constexpr (kInRegisters) {
 PUNA_UNROLL(8)
@@ -103,11 +107,16 @@ PUNA_UNROLL(8)
   }
   for (std::int64_t b = 0; b < blocks; ++b) {
     if constexpr (Weight::kPrefetch) {
-      constexpr std::int64_t kAhead = (kPrefetchAhead + Weight::kBytes - 1) / Weight::kBytes;
-      const std::byte* ahead = b + kAhead < blocks ? weight.block + kAhead * Weight::kBytes
-                                                   : following + (b + kAhead - blocks) * Weight::kBytes;
+      constexpr std::int64_t kFar = (kPrefetchFar + Weight::kBytes - 1) / Weight::kBytes;
+      constexpr std::int64_t kNear = (kPrefetchNear + Weight::kBytes - 1) / Weight::kBytes;
+      const std::byte* beyond = following - blocks * Weight::kBytes;  // as if it continued the blocks
+      const std::byte* far = (b + kFar < blocks ? start : beyond) + (b + kFar) * Weight::kBytes;
+      const std::byte* near = (b + kNear < blocks ? start : beyond) + (b + kNear) * Weight::kBytes;
 PUNA_UNROLL(32)
-      for (std::int64_t at = 0; at < Weight::kBytes; at += 64) prefetch(ahead + at);
+      for (std::int64_t at = 0; at < Weight::kBytes; at += 64) {
+        prefetch_far(far + at);
+        prefetch(near + at);
+      }
     }
     const std::byte* codes = weight.codes();
 PUNA_UNROLL(2)
