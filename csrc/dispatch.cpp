@@ -2,15 +2,21 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "cpu_features.h"
 
 namespace puna {
 
-#if defined(__x86_64__)
+// CMakeLists.txt says which levels there are.
+#if defined(PUNA_WITH_avx512)
 namespace avx512 { extern const Kernels kKernels; }
+#endif
+#if defined(PUNA_WITH_avx2vnni)
 namespace avx2vnni { extern const Kernels kKernels; }
+#endif
+#if defined(PUNA_WITH_avx2)
 namespace avx2 { extern const Kernels kKernels; }
 #endif
 namespace portable { extern const Kernels kKernels; }
@@ -24,10 +30,14 @@ struct Level {
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = {
-#if defined(__x86_64__)
+#if defined(PUNA_WITH_avx512)
       {&avx512::kKernels,
        {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}},
+#endif
+#if defined(PUNA_WITH_avx2vnni)
       {&avx2vnni::kKernels, {"avx2", "fma", "f16c", "avx_vnni"}},
+#endif
+#if defined(PUNA_WITH_avx2)
       {&avx2::kKernels, {"avx2", "fma", "f16c"}},
 #endif
       {&portable::kKernels, {}},
@@ -61,8 +71,10 @@ std::vector<std::string> supported_levels() {
 }
 
 const Kernels& kernels() {
-  const Kernels* level = chosen.load(std::memory_order_relaxed);
-  return level ? *level : *supported().front();
+  if (const Kernels* level = chosen.load(std::memory_order_relaxed)) return *level;
+  const char* wanted = std::getenv("PUNA_CPU_LEVEL");  // the one place that reads it
+  set_level(wanted && *wanted ? wanted : supported().front()->level);
+  return *chosen.load();
 }
 
 void set_level(const std::string& name) {
@@ -74,7 +86,8 @@ void set_level(const std::string& name) {
     }
     names += names.empty() ? level->level : std::string(", ") + level->level;
   }
-  throw std::invalid_argument("the level is " + name + ": this processor runs " + names);
+  throw std::invalid_argument("the level of the CPU kernels (PUNA_CPU_LEVEL) is " + name + ": use one that this " +
+                              "processor runs: " + names);
 }
 
 }  // namespace puna

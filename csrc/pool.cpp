@@ -81,6 +81,8 @@ void Pool::start() {
     workers_[i].local = aligned(locals_[i].get());
     workers_[i].pool_ = this;
   }
+  alone_ = workers_[0];
+  alone_.count = 1;
   // What a thread has seen is read here and not in the thread, which may start to run after the first job is given out.
   const std::uint64_t seen = job_.value.load();
   for (int i = 1; i < count; ++i) threads_.emplace_back([this, i, seen] { work(i, seen); });
@@ -114,9 +116,13 @@ Failure Pool::run(const Task* tasks, std::size_t count) {
     scratch_bytes_ = needed;
     shared_ = aligned(scratch_.get());
   }
+  failure_ = 0;
+  if (count == 1 && tasks->serial) {  // nobody else need know
+    run_alone(*tasks);
+    return static_cast<Failure>(failure_.load());
+  }
   tasks_ = tasks;
   task_count_ = count;
-  failure_ = 0;
   if (workers_.size() > 1) {
     job_.value.fetch_add(1);  // sequentially consistent, like the increment of parked_ in wait_for_job: one sees the other
     if (parked_.value.load() != 0) job_.value.notify_all();
@@ -125,12 +131,24 @@ Failure Pool::run(const Task* tasks, std::size_t count) {
   return static_cast<Failure>(failure_.load());
 }
 
+void Pool::run_alone(const Task& task) {
+  alone_.shared = shared_;
+  task.kernel(task.args, alone_);
+  chunk_.value.store(0, std::memory_order_relaxed);
+}
+
 void Pool::run_tasks(Worker& worker) {
   worker.shared = shared_;
   const Task* tasks = tasks_;
   const std::size_t count = task_count_;
   for (std::size_t i = 0; i < count; ++i) {
-    tasks[i].kernel(tasks[i].args, worker);
+    if (tasks[i].serial) {
+      // The other threads go ahead to the next task that is theirs too, and wait there.
+      if (worker.index == 0) run_alone(tasks[i]);
+      if (i + 1 < count && tasks[i + 1].serial) continue;
+    } else {
+      tasks[i].kernel(tasks[i].args, worker);
+    }
     worker.barrier();
   }
 }

@@ -21,6 +21,7 @@ struct Task {
 
   Kernel kernel = nullptr;
   std::size_t shared_bytes = 0;  // of scratch memory
+  bool serial = false;           // too little work to share: worker 0 does it all, as the only one
   alignas(16) std::byte args[kArgsBytes] = {};
 
   template <class Args>
@@ -60,6 +61,7 @@ class Pool {
   void stop();
   void work(int index, std::uint64_t seen);
   void run_tasks(Worker& worker);
+  void run_alone(const Task& task);
   void barrier();
   void wait_for_job(std::uint64_t seen);
 
@@ -71,6 +73,7 @@ class Pool {
   std::atomic<int> requested_{1};
   std::vector<std::thread> threads_;
   std::vector<Worker> workers_;
+  Worker alone_;  // worker 0 where it is the only one
   std::unique_ptr<std::byte[]> scratch_;
   std::size_t scratch_bytes_ = 0;
   std::byte* shared_ = nullptr;

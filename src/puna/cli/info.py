@@ -48,7 +48,7 @@ def info(
 def _machine() -> dict[str, Any]:
     import torch
 
-    from puna.ops.cpu import compiled, cpu_features
+    from puna.ops.cpu import compiled, cpu_features, level, levels
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {
@@ -57,6 +57,8 @@ def _machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "compiled_kernels": compiled(),
         "cpu_features": list(cpu_features()),
+        "cpu_level": level(),
+        "cpu_levels": list(levels()),
         "cpus": affinity_cpus(),
         "cpu_quota": cpu_quota(),
         "threads": torch.get_num_threads(),
@@ -73,12 +75,20 @@ def _machine_lines(machine: dict[str, Any]) -> list[str]:
         ("python", machine["python"]),
         ("torch", machine["torch"]),
         ("compiled kernels", "yes" if machine["compiled_kernels"] else "no: everything runs on the reference ops"),
+        ("kernel level", _level_line(machine["cpu_level"], machine["cpu_levels"])),
         ("cpu features", " ".join(features) if features else "unknown without compiled kernels"),
         ("cpus", f"{machine['cpus']}" + (f", of which a quota allows {quota:g}" if quota is not None else "")),
         ("threads", str(machine["threads"])),
         ("accelerators", accelerator),
     ]
     return _aligned(rows)
+
+
+def _level_line(level: str | None, levels: list[str]) -> str:
+    if level is None:
+        return "none"
+    why = "the best of" if level == levels[0] else "chosen by PUNA_CPU_LEVEL out of"
+    return f"{level} ({why} what this processor runs: {', '.join(levels)})"
 
 
 def _model_lines(report: ModelReport) -> list[str]:
