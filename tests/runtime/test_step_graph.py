@@ -40,6 +40,9 @@ CONFIGS = {
     "tied": dataclasses.replace(BASE, tie_embeddings=True, attn_bias=True, attn_output_bias=True, mlp_bias=True),
     "qwen3": dataclasses.replace(BASE, architecture="Qwen3ForCausalLM", qk_norm=True),
     "mistral": dataclasses.replace(BASE, architecture="MistralForCausalLM", sliding_window=20),
+    "mixed": dataclasses.replace(
+        BASE, architecture="Qwen2ForCausalLM", attn_bias=True, sliding_window=20, sliding_window_layers=(1,)
+    ),
     "mixtral": dataclasses.replace(BASE, architecture="MixtralForCausalLM", num_experts=4, experts_per_token=2),
     "odd": dataclasses.replace(BASE, hidden_size=40, mlp_hidden_size=72, head_size=10),
 }
@@ -56,8 +59,9 @@ class Steps:
 
     def __init__(self, model: LLaMAForCausalLM, bucket: int) -> None:
         self.model, self.bucket = model, bucket
-        self.pool = KVPool(model.config, NullCommunicator(), (NUM_BLOCKS,), SIZE)
-        self.buffers = StepBuffers(64, 8, CONTEXT // SIZE, SIZE)
+        self.windows = model.config.windows
+        self.pool = KVPool(model.config, NullCommunicator(), (NUM_BLOCKS,) * len(self.windows), SIZE)
+        self.buffers = StepBuffers(64, 8, CONTEXT // SIZE, SIZE, num_windows=len(self.windows))
         self.random = random.Random(4)
         for cache in (*self.pool.key_caches, *self.pool.value_caches):
             cache.copy_(torch.randn(cache.shape))
@@ -76,12 +80,18 @@ class Steps:
                     sequence_id=i,
                     first_position=position,
                     token_ids=(token,),
-                    block_ids=(tuple(own),),
+                    block_ids=tuple(self.table(own, position, window) for window in self.windows),
                     prompt_length=1,
                     sampled_ids=(i,),
                 )
             )
         return self.buffers.fill(StepPlan(rows=tuple(plan_rows)), num_rows=self.bucket)
+
+    def table(self, blocks: list[int], position: int, window: int | None) -> tuple[int, ...]:
+        """The blocks in an order of the window's own, without those that it has left behind."""
+        unseen = 0 if window is None else max(0, position - window + 1) // SIZE
+        order = blocks if window is None else self.random.sample(blocks, len(blocks))
+        return (*[0] * unseen, *order[unseen:])
 
     def forward(self, inputs: StepInputs) -> Tensor:
         logits: Tensor = self.model(
