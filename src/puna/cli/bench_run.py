@@ -59,7 +59,7 @@ class Result:
 class Report:
     """Everything that was measured; `limit` is the median of the probes between the runs.
 
-    `level` is the compiled kernels' instruction level, None where the reference ops run.
+    `level` is the compiled kernels' instruction level, None where nothing is compiled and the reference ops run.
     """
 
     config: LLaMAConfig
@@ -121,7 +121,7 @@ def measure(
         settings=settings,
         results=tuple(_result(config, weights, batch, settings, runs[batch]) for batch in settings.batches),
         limit=_median_limit([limit for found in runs.values() for _, limit in found]),
-        level=None if config.quant == "none" else level(),
+        level=level(),
         load_seconds=load_seconds,
         peak_memory_bytes=peak,
     )
