@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from puna.config import EngineConfig
+from puna.config import CacheDtype, EngineConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import BeamSearchOutput, CompletionOutput, RequestDelta, RequestOutput
 from puna.scheduling.beams import BeamParams
@@ -45,6 +45,8 @@ class Score:
 class LLM:
     """Loads a model and generates with it; see EngineConfig for the limits. Several threads may use one.
 
+    `quantization`: "int8", "int4" or "bf16" rounds the weights while they are read; None takes them as they are.
+
     Raises ValueError and FileNotFoundError as `puna.load_model` does, and ValueError, before weights are read, where
     model and cache do not fit into memory.
     """
@@ -62,6 +64,10 @@ class LLM:
         enable_prefix_caching: bool = True,
         block_size: int = 16,
         seed: int = 0,
+        quantization: str | None = None,
+        kv_cache_dtype: CacheDtype = "auto",
+        threads: int | None = None,
+        enforce_eager: bool = False,
     ) -> None:
         limits = EngineConfig(
             max_model_len=max_model_len,
@@ -71,8 +77,11 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             block_size=block_size,
             seed=seed,
+            kv_cache_dtype=kv_cache_dtype,
+            threads=threads,
+            enforce_eager=enforce_eager,
         )
-        self.engine = Engine.from_pretrained(str(model), dtype, device, limits)
+        self.engine = Engine.from_pretrained(str(model), dtype, device, limits, quantization=quantization)
 
     def __enter__(self) -> Self:
         return self

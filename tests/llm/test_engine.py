@@ -20,7 +20,8 @@ from puna.engine.engine import Engine
 from puna.engine.outputs import RequestDelta
 from puna.engine.tokenizer import Tokenizer
 from puna.llm import LLM
-from puna.models import LLaMAForCausalLM, load_model
+from puna.models import LLaMAForCausalLM
+from puna.models.loading import ModelLoader
 from puna.scheduling.beams import BeamParams
 from puna.scheduling.sampling_params import SamplingParams
 
@@ -391,11 +392,12 @@ def test_an_idle_engine_keeps_nothing_of_what_has_ended(engine: Engine) -> None:
 def test_memory_is_planned_before_any_weight_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 
-    def load(*arguments: Any, **options: Any) -> Any:
-        read.append(arguments)
-        return load_model(*arguments, **options)
+    def load(loader: ModelLoader[LLaMAForCausalLM]) -> LLaMAForCausalLM:
+        read.append(loader)
+        return original(loader)
 
-    monkeypatch.setattr("puna.engine.engine.load_model", load)
+    original = ModelLoader.load
+    monkeypatch.setattr(ModelLoader, "load", load)
     with LLM(folder, max_model_len=100) as llm:
         plan, per_block = (
             llm.engine.parts.memory,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from puna.config.engine import EngineConfig
+from puna.config.engine import CacheDtype, EngineConfig
 from puna.config.families import FAMILIES, Family
 from puna.config.fields import FieldReader, read_json_object
 from puna.config.generation import GenerationConfig
@@ -12,6 +12,7 @@ from puna.config.rotary import RotaryScaling, RotaryType
 __all__ = [
     "FAMILIES",
     "Activation",
+    "CacheDtype",
     "Dtype",
     "EngineConfig",
     "Family",

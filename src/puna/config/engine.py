@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +18,9 @@ class EngineConfig:
     max_waiting: requests that may wait before others are refused; None means any number.
     max_skips: plans that a request may be passed over before it comes first (see scheduling/scheduler.py).
     seed: what the seeds of requests without one are drawn from.
+    kv_cache_dtype: what keys and values are kept in; "auto" is the model's dtype, int8 is for the compiled kernels.
+    threads: of the compiled CPU kernels, for the whole process; None means what this process may use.
+    enforce_eager: run every step in Python instead of replaying recorded ones.
     """
 
     max_model_len: int | None = None
@@ -26,12 +32,18 @@ class EngineConfig:
     max_waiting: int | None = None
     max_skips: int = 256
     seed: int = 0
+    kv_cache_dtype: CacheDtype = "auto"
+    threads: int | None = None
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("max_model_len", "kv_cache_memory", "max_waiting"):
+        if self.kv_cache_dtype not in get_args(CacheDtype):
+            known = ", ".join(get_args(CacheDtype))
+            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}: use one of {known}")
+        for name in ("max_model_len", "kv_cache_memory", "max_waiting", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1, or None")

@@ -22,11 +22,13 @@ from puna.engine.output_processor import OutputProcessor
 from puna.engine.outputs import RequestDelta
 from puna.engine.token_bytes import TokenBytes
 from puna.engine.tokenizer import Tokenizer
-from puna.models import load_model
-from puna.models.loading import resolved_config
+from puna.models import LLaMAForCausalLM, model_loader
+from puna.models.loading import ModelLoader, resolved_config
+from puna.ops import cpu
 from puna.planning.memory_plan import Capacity, MemoryPlan, plan_memory
 from puna.runtime.guided import GrammarCompiler
 from puna.runtime.kv_pool import KVPool, available_memory
+from puna.runtime.machine import usable_cpus
 from puna.runtime.model_runner import ModelRunner
 from puna.runtime.sampler import Sampler, validate
 from puna.runtime.step_buffers import StepBuffers
@@ -89,9 +91,12 @@ class Engine:
         device: torch.device | str = "cpu",
         engine_config: EngineConfig | None = None,
         *,
+        quantization: str | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> Engine:
         """Loads a checkpoint (see `puna.load_model`) and starts an engine on it.
+
+        `quantization` None means weights as the checkpoint has them.
 
         `tokenizer` is the checkpoint's own, of a caller that has read it already: large ones take a while. One without
         files, such as `random_checkpoint`'s, has none: there it must be given.
@@ -108,16 +113,24 @@ class Engine:
                 "most that"
             )
         comm = NullCommunicator(device)
+        loader = _loader(checkpoint, config, comm, quantization, engine_config)
         capacity = Capacity(
             max_model_len=max_model_len,
             max_num_seqs=engine_config.max_num_seqs,
             max_num_batched_tokens=max(engine_config.max_num_batched_tokens, engine_config.max_num_seqs),
             block_size=engine_config.block_size,
+            kv_cache_dtype=engine_config.kv_cache_dtype,
         )
         memory = plan_memory(
-            config, comm.mapping, capacity, available_memory(comm.device), engine_config.kv_cache_memory
+            config,
+            comm.mapping,
+            capacity,
+            available_memory(comm.device),
+            engine_config.kv_cache_memory,
+            loader.weight_bytes,
         )
-        network = load_model(checkpoint, config.dtype, comm=comm)
+        cpu.set_threads(engine_config.threads or min(usable_cpus(), torch.get_num_threads()))
+        network = loader.load()
         limits = SchedulerLimits(
             max_num_seqs=capacity.max_num_seqs,
             max_num_batched_tokens=capacity.max_num_batched_tokens,
@@ -132,7 +145,7 @@ class Engine:
         grammars = GrammarCompiler(TokenBytes(tokenizer), eos, config.vocab_size)
         runner = ModelRunner(
             network,
-            KVPool(config, comm, memory.num_blocks, capacity.block_size),
+            KVPool(config, comm, memory.num_blocks, capacity.block_size, capacity.kv_cache_dtype),
             StepBuffers(
                 capacity.max_num_batched_tokens,
                 capacity.max_num_seqs,
@@ -142,6 +155,7 @@ class Engine:
                 len(config.windows),
             ),
             Sampler(config.vocab_size, comm.device, grammars),
+            use_buckets=loader.config.quant != "none" and not engine_config.enforce_eager,
         )
         return cls(
             EngineParts(
@@ -344,6 +358,33 @@ def _call(listener: Listener, delta: RequestDelta) -> bool:
 
 def _text_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _loader(
+    checkpoint: Checkpoint,
+    config: LLaMAConfig,
+    comm: NullCommunicator,
+    quantization: str | None,
+    engine_config: EngineConfig,
+) -> ModelLoader[LLaMAForCausalLM]:
+    """Weights for the compiled kernels where these can run the model, else plain matrices for the reference ops."""
+    refusal = None
+    if comm.device.type != "cpu":
+        refusal = f"the compiled kernels are for the CPU, not for {comm.device}"
+    elif not cpu.compiled():
+        refusal = "the compiled kernels are not installed"
+    elif engine_config.block_size % 16:
+        refusal = f"the compiled kernels need a block_size that is a multiple of 16, not {engine_config.block_size}"
+    elif config.head_size > 256:
+        refusal = f"the compiled kernels take heads of up to 256 numbers, not {config.head_size}"
+    if refusal is not None:
+        for name, value in (("quantization", quantization), ("kv_cache_dtype", engine_config.kv_cache_dtype)):
+            if value not in (None, "auto"):
+                raise ValueError(f"{name} is {value!r}, but {refusal}: leave it out")
+        if comm.device.type == "cpu":
+            _log.warning("%s: everything runs on the reference ops, many times slower", refusal)
+        return model_loader(checkpoint, config.dtype, comm=comm)
+    return model_loader(checkpoint, config.dtype, comm=comm, quantization=quantization or "stored")
 
 
 def _eos_token_ids(generation_config: GenerationConfig, tokenizer: Tokenizer) -> frozenset[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from puna.config import Dtype, LLaMAConfig
+from puna.config import CacheDtype, LLaMAConfig
 
 DTYPE_BYTES: Final = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 
@@ -69,6 +69,13 @@ def parameter_counts(config: LLaMAConfig) -> ParameterCounts:
     )
 
 
-def key_value_bytes_per_token(config: LLaMAConfig, dtype: Dtype | None = None) -> int:
+def cached_head_bytes(config: LLaMAConfig, dtype: CacheDtype = "auto") -> int:
+    """Bytes of one head's key, or value, of one token in the cache; int8 has a float32 scale beside the codes."""
+    if dtype == "int8":
+        return config.head_size + 4
+    return config.head_size * DTYPE_BYTES[config.dtype if dtype == "auto" else dtype]
+
+
+def key_value_bytes_per_token(config: LLaMAConfig, dtype: CacheDtype = "auto") -> int:
     """Bytes of keys and values that one token leaves in the caches of all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_size * DTYPE_BYTES[dtype or config.dtype]
+    return 2 * config.num_layers * config.num_kv_heads * cached_head_bytes(config, dtype)

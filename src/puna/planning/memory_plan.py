@@ -6,9 +6,9 @@ import bisect
 import dataclasses
 from dataclasses import dataclass
 
-from puna.config import LLaMAConfig
+from puna.config import CacheDtype, LLaMAConfig
 from puna.mapping import Mapping
-from puna.planning.memory import DTYPE_BYTES, parameter_counts
+from puna.planning.memory import DTYPE_BYTES, cached_head_bytes, parameter_counts
 from puna.scheduling.block_manager import most_blocks
 
 # Of what is left after weights and workspace, the share that the cache may take if nobody says how much. Other
@@ -25,6 +25,7 @@ class Capacity:
     max_num_batched_tokens: int
     block_size: int
     max_scored_tokens: int = 128
+    kv_cache_dtype: CacheDtype = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: LLaMAConfig, mapping: Mapping, capacity: Capacity, available: int, kv_cache_memory: int | None = None
+    config: LLaMAConfig,
+    mapping: Mapping,
+    capacity: Capacity,
+    available: int,
+    kv_cache_memory: int | None = None,
+    weights: int | None = None,
 ) -> MemoryPlan:
     """Sums up a rank's memory and sizes its cache: as `kv_cache_memory` says, or what all sequences can need at once
     if that fits into most of what is left. All ranks get the same plan, which is that of the fullest one.
@@ -50,10 +56,11 @@ def plan_memory(
     Where layers have different windows, each has as many blocks as the others while that is of use: so there are never
     fewer of any than if all layers shared one table, and what windowed layers can't use goes to the others.
 
-    `available` and `kv_cache_memory` are bytes. Raises ValueError, with the sums and the largest context and batch that
+    `available`, `kv_cache_memory` and `weights` are bytes; `weights` None means those of a model that is not quantised.
+    Raises ValueError, with the sums and the largest context and batch that
     would fit, where not even one sequence of `max_model_len` tokens does.
     """
-    weights = _weights(config, mapping)
+    weights = _weights(config, mapping) if weights is None else weights
     workspace = _workspace(config, capacity)
     left = available - weights - workspace
     if left <= 0:
@@ -70,7 +77,7 @@ def plan_memory(
             )
     else:
         budget, source = int(left * _CACHE_SHARE), "the cache"
-    needed = _cache_bytes(config, mapping, _num_blocks(config, capacity, 1), capacity.block_size)
+    needed = _cache_bytes(config, mapping, _num_blocks(config, capacity, 1), capacity)
     if needed > budget:
         longest = longest_context(config, mapping, capacity, budget)
         raise ValueError(
@@ -79,7 +86,7 @@ def plan_memory(
             f"largest context that fits is {longest} tokens, for one sequence at a time"
         )
     num_blocks = _largest_that_fits(config, mapping, capacity, budget)
-    cache = _cache_bytes(config, mapping, num_blocks, capacity.block_size)
+    cache = _cache_bytes(config, mapping, num_blocks, capacity)
     return MemoryPlan(weights=weights, workspace=workspace, cache=cache, num_blocks=num_blocks)
 
 
@@ -88,7 +95,7 @@ def longest_context(config: LLaMAConfig, mapping: Mapping, capacity: Capacity, b
 
     def takes(num_tokens: int) -> int:
         shorter = dataclasses.replace(capacity, max_model_len=num_tokens)
-        return _cache_bytes(config, mapping, _num_blocks(config, shorter, 1), capacity.block_size)
+        return _cache_bytes(config, mapping, _num_blocks(config, shorter, 1), capacity)
 
     size = capacity.block_size
     blocks = bisect.bisect_right(
@@ -103,11 +110,11 @@ def _num_blocks(config: LLaMAConfig, capacity: Capacity, num_sequences: int) -> 
     return tuple(most_blocks(window, length, num_sequences, step, size) + 1 for window in config.windows)
 
 
-def _cache_bytes(config: LLaMAConfig, mapping: Mapping, num_blocks: tuple[int, ...], block_size: int) -> int:
+def _cache_bytes(config: LLaMAConfig, mapping: Mapping, num_blocks: tuple[int, ...], capacity: Capacity) -> int:
     """Bytes of the fullest rank's keys and values."""
     # A rank holds a share of the heads, but at least one of them.
     heads = -(-config.num_kv_heads // mapping.tp_size)
-    per_block = 2 * heads * config.head_size * block_size * DTYPE_BYTES[config.dtype]
+    per_block = 2 * heads * capacity.block_size * cached_head_bytes(config, capacity.kv_cache_dtype)
     stages = (dataclasses.replace(mapping, rank=stage * mapping.tp_size) for stage in range(mapping.pp_size))
     blocks_of = dict(zip(config.windows, num_blocks, strict=True))
     held = (stage.pp_layers(config.num_layers) for stage in stages)
@@ -124,9 +131,7 @@ def _largest_that_fits(config: LLaMAConfig, mapping: Mapping, capacity: Capacity
         return tuple(min(max(count, least), most) for least, most in bounds)
 
     counts = range(1, max(most for _, most in bounds) + 1)
-    fitting = bisect.bisect_right(
-        counts, budget, key=lambda count: _cache_bytes(config, mapping, at(count), capacity.block_size)
-    )
+    fitting = bisect.bisect_right(counts, budget, key=lambda count: _cache_bytes(config, mapping, at(count), capacity))
     return at(fitting)
 
 

@@ -6,24 +6,30 @@ from collections.abc import Sequence
 
 import torch
 
-from puna.config import LLaMAConfig
+from puna.config import CacheDtype, LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.linear import Segment
 from puna.layers.params import KeyValueCacheParams
 from puna.layers.pieces import torch_dtype
+from puna.ops.cpu import INT8_SCALE_BYTES
 from puna.runtime.machine import available_host_memory
 from puna.scheduling.step_plan import BlockCopy
 
 
 class KVPool:
-    """Keys and values [blocks, K, block size, D] for each layer, in the model's dtype, zero at first.
+    """Keys and values [blocks, K, block size, D] for each layer, in `dtype`, zero at first.
 
     The heads come before the positions of a block, so that what one head attends to in a block is one run of memory.
     `num_blocks` are those of the layers of each of `config.windows`. Raises ValueError for sizes below one.
     """
 
     def __init__(
-        self, config: LLaMAConfig, comm: Communicator, num_blocks: Sequence[int], block_size: int = 16
+        self,
+        config: LLaMAConfig,
+        comm: Communicator,
+        num_blocks: Sequence[int],
+        block_size: int = 16,
+        dtype: CacheDtype = "auto",
     ) -> None:
         if len(num_blocks) != len(config.windows) or min(num_blocks) < 1 or block_size < 1:
             raise ValueError(
@@ -34,10 +40,12 @@ class KVPool:
         kv_heads = Segment("k", config.num_kv_heads, config.head_size).local_units(comm.mapping)
         layers = comm.mapping.pp_layers(config.num_layers)
         self._window_ids = [config.window_idx(layer) for layer in layers]
-        shapes = [(num_blocks[i], kv_heads, block_size, config.head_size) for i in self._window_ids]
+        # The kernels keep the scales of int8 numbers in the same chunk, behind them.
+        width = config.head_size + (INT8_SCALE_BYTES if dtype == "int8" else 0)
+        stored = torch.int8 if dtype == "int8" else torch_dtype(config.dtype if dtype == "auto" else dtype)
+        shapes = [(num_blocks[i], kv_heads, block_size, width) for i in self._window_ids]
         self.key_caches, self.value_caches = (
-            [torch.zeros(shape, dtype=torch_dtype(config.dtype), device=comm.device) for shape in shapes]
-            for _ in range(2)
+            [torch.zeros(shape, dtype=stored, device=comm.device) for shape in shapes] for _ in range(2)
         )
 
     def params(self) -> KeyValueCacheParams:
