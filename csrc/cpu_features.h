@@ -13,9 +13,9 @@ namespace puna {
 // still ask for permission (arch_prctl, ARCH_REQ_XCOMP_PERM) before its first tile instruction.
 std::vector<std::string> cpu_features();
 
-// Sets what bf16_dots() of kernels/args.h answers. At first: whether the processor has vdpbf16ps and is not one of Intel's. There
-// it starts every other cycle (measured on Sapphire Rapids: 0.09 TFLOPS a core, and 0.178 for float32 fma, which begins two
-// in each cycle), while on Zen 5 it has twice the rate of fma.
+// Sets what bf16_dots() of kernels/args.h answers. At first: whether the processor has vdpbf16ps and is not one of
+// Intel's. There it starts every other cycle (measured on Sapphire Rapids: 0.09 TFLOPS a core, and 0.178 for float32 fma,
+// of which two begin in each cycle), while on Zen 5 it has twice the rate of fma.
 void set_bf16_dots(bool uses);
 
 }  // namespace puna

@@ -198,6 +198,23 @@ std::size_t linear_scratch(const LinearArgs& args);
 std::size_t paged_attention_scratch(const PagedAttentionArgs& args);
 std::size_t experts_scratch(const ExpertsArgs& args);
 
+// Where experts.h keeps what it needs for a block of tokens: offsets into Worker::shared.
+struct ExpertsScratch {
+  std::size_t probabilities;  // float [tokens][experts]
+  std::size_t chosen;         // int32 [tokens][top], experts
+  std::size_t weights;        // float [tokens][top]
+  std::size_t starts;         // int32 [experts + 1], into `rows`
+  std::size_t rows;           // int32 [tokens * top]: for each expert its places in `chosen`, ascending
+  std::size_t gathered;       // of x's dtype, [tokens][E]
+  std::size_t inner;          // of x's dtype, [tokens][F]
+  std::size_t outputs;        // float [tokens][E]
+  std::size_t totals;         // float [tokens][E]
+  std::size_t linear;         // of the linear layers
+  std::size_t bytes;
+};
+constexpr std::int64_t kExpertsTokens = 512;  // a block: the weights are read again for each, which is little then
+ExpertsScratch experts_layout(const ExpertsArgs& args);
+
 // A probe of the hardware (csrc/kernels/probe.h): each thread repeats one kind of work and stores what it did.
 struct ProbeArgs {
   std::int32_t kind;       // 0: read memory, 1: int8 dot products, 2: bf16 dot products, 3: float32 fma

@@ -19,8 +19,8 @@
 
 namespace puna::PUNA_LEVEL {
 
-// A tile is up to kTileRows rows x some halves of panels, its kTileSums sums in registers. Percentages below are shares of
-// what a loop of nothing but fma reached in the same seconds on Sapphire Rapids, one thread, E = 2048.
+// A tile is up to kTileRows rows x some halves of panels, its kTileSums sums in registers. Percentages below are shares
+// of what a loop of nothing but fma reached in the same seconds on Sapphire Rapids, one thread, E = 2048.
 #if defined(PUNA_AVX512)
 constexpr int kTileRows = 12, kTileSums = 24;  // 12 rows: 94 % with 12 x 2 halves, 63 % as two tiles of 6 x 4
 #elif defined(PUNA_AVX2)
@@ -29,15 +29,15 @@ constexpr int kTileRows = 6, kTileSums = 6;  // a vector takes two of the sixtee
 constexpr int kTileRows = 2, kTileSums = 2;
 #endif
 constexpr int kTileHalves = 8;  // of few rows: enough chains to hide the latency of fma
-// Panels that go over a chunk of x before the next chunk is read: x comes from the third level, and with 4 panels 1 byte of
-// it a cycle is enough; with 8 it is no faster.
+// Panels that go over a chunk of x before the next chunk is read: x comes from the third level, and with 4 panels 1 byte
+// of it a cycle is enough; with 8 it is no faster.
 constexpr int kGroupPanels = 4;
-// A chunk of a panel in float32 is 32 KB: it stays in the first level while all rows pass. With half of that 2-5 % slower.
+// A chunk of a panel in float32 is 32 KB and stays in the first level while all rows pass; half of that was 2-5 % slower.
 constexpr int kChunk = kDenseChunk;
 // 512 rows: 90-94 % in blocks of 256 rows, 80-84 % in one of 512, whose chunks of x and sums crowd the second level.
 constexpr int kBlockRows = kDenseBlockRows;
-// From here on 16-bit weights are widened into memory once, not in each tile: 256 rows 93 % instead of 90 % for bfloat16
-// and 79 % for float16, but 64 rows 83 % instead of 89 %.
+// From here on 16-bit weights are widened into memory once, not in each tile: 256 rows 93 % instead of 90 % for
+// bfloat16 and 79 % for float16, but 64 rows 83 % instead of 89 %.
 constexpr int kUnpackRows = 96;
 // Fewer rows are bound by memory, where threads that read long stretches are faster than those that take turns.
 constexpr int kDynamicRows = 48;
@@ -84,8 +84,8 @@ struct PairWeights {
 };
 
 // sums[h][r] += x[r] . weight[h] (or =, where it `begins`) for R rows, kChunk apart, and H halves; `weights` and `sums`
-// point to the panels (for H = 1: to the half). Where it streams, the weights come from memory, and those kAheadBytes on
-// are fetched. Else they are in a cache, and each step fetches the line at `ahead`, `ahead_step` bytes after the last one.
+// point to the panels (for H = 1: to the half). Where it streams, the weights come from memory, and those kAheadBytes
+// on are fetched. Else they are in a cache, and each step fetches the line at `ahead`, `ahead_step` bytes on.
 template <class W, int R, int H, bool streams>
 void dense_tile(const typename W::X* x, const typename W::Element* const* weights, int steps, float* const* sums,
                 bool begins, const char* ahead, std::int64_t ahead_step) {
@@ -275,8 +275,8 @@ void dense_of(const LinearArgs& a, Worker& worker) {
   for (std::int64_t block = 0; block < blocks; ++block) {
     const std::int64_t first = a.rows * block / blocks, rows = a.rows * (block + 1) / blocks - first;
     if (block > 0) worker.barrier();  // others may still read the last block's rows
-    // x as [chunk][row][kChunk], so that the rows of a tile are one stream; at the distance of a power of two they would
-    // all fall into the same few sets of a cache.
+    // x as [chunk][row][kChunk], so that the rows of a tile are one stream; at the distance of a power of two they
+    // would all fall into the same few sets of a cache.
     auto* x = reinterpret_cast<typename W::X*>(worker.shared);
     const Worker::Range mine = worker.share(rows * chunks);
     for (std::int64_t i = mine.begin; i < mine.end; ++i) {
