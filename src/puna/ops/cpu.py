@@ -212,7 +212,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     _check("weight", weight, x.dtype, 1)
     size = weight.numel()
     y = _empty(x.shape, x.dtype)
-    if x.dim() == 3 and x.stride(-1) == 1 and x.stride(-2) >= size and x.shape[-1] == size:
+    apart = x.dim() == 3 and x.stride(-2) >= size and (x.shape[0] == 1 or x.stride(0) >= size)
+    if apart and x.stride(-1) == 1 and x.shape[-1] == size:
         _check_cpu("x", x)  # heads inside of wider rows
         outer, inner = x.shape[:2]
         strides = (max(x.stride(0), size), x.stride(1))
@@ -258,6 +259,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up has the shape {list(gate_up.shape)}: its last axis holds gates and as many ups")
     rows = _rows("gate_up", gate_up, gate_up.shape[-1]).contiguous()
     size = gate_up.shape[-1] // 2
     y = _empty((*gate_up.shape[:-1], size), gate_up.dtype)
@@ -334,6 +337,11 @@ def panel_experts(
     for panels, like in (*((part, first) for part in gate_up), *((part, second) for part in proj)):
         if (panels.format, panels.outputs, panels.inputs) != (like.format, like.outputs, like.inputs):
             raise ValueError("the experts' weights have several shapes or formats: they must be alike")
+    if len(proj) != count or (second.outputs, 2 * second.inputs) != (first.inputs, first.outputs):
+        raise ValueError(
+            f"{count} experts of gate_up [{first.outputs}, {first.inputs}] need as many of proj "
+            f"[{first.inputs}, {first.outputs / 2:g}], not {len(proj)} of [{second.outputs}, {second.inputs}]"
+        )
     rows = _rows("x", x, first.inputs).contiguous()
     logits = _rows("router_logits", router_logits, count).contiguous()
     if rows.dtype != logits.dtype or logits.shape[0] != rows.shape[0]:
