@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,21 +20,11 @@ class OpenVino:
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
         if len(prompts) > 1:
             raise ValueError("only one sequence at a time is measured here")
-        arrivals: list[float] = []
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False
-
-        class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
-            def write(self, token: int | list[int]) -> openvino_genai.StreamingStatus:
-                arrivals.extend([time.perf_counter()] * (1 if isinstance(token, int) else len(token)))
-                return openvino_genai.StreamingStatus.RUNNING
-
-            def end(self) -> None:
-                pass
-
-        start = time.perf_counter()
-        self._pipeline.generate(openvino.Tensor(np.array(prompts, dtype=np.int64)), config, Streamer())
-        return arrivals[0] - start, (arrivals[-1] - arrivals[0]) / max(1, len(arrivals) - 1)
+        metrics = self._pipeline.generate(openvino.Tensor(np.array(prompts, dtype=np.int64)), config).perf_metrics
+        step = metrics.get_tpot().mean if new_tokens > 1 else 0.0
+        return metrics.get_ttft().mean / 1000, step / 1000
 
     def score(self, tokens: Sequence[int]) -> None:
         return None
