@@ -307,7 +307,13 @@ def main() -> None:
     arguments = parse()
     if not math.isfinite(arguments.pairs) or arguments.pairs < 1:
         raise SystemExit("--pairs must be at least 1")
-    results = Benchmark(arguments).run()
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(
+            f"other programs use this machine (load average {load:.1f}): the figures will not mean much",
+            file=sys.stderr,
+        )
+    results = {"load_average": load, **Benchmark(arguments).run()}
     (arguments.out / "images").mkdir(parents=True, exist_ok=True)
     (arguments.out / "cpu_peers.json").write_text(json.dumps(results, indent=1) + "\n")
     table = markdown(results)
