@@ -61,6 +61,9 @@ struct ReadyBlocks {
   const std::byte* at;
   std::int64_t step;  // bytes
   const float* scales;
+  // At each block, so many lines from here on are asked for.
+  const std::byte* ahead;
+  int ahead_lines;
 
   PUNA_INLINE F scale(int group, int half) const { return load(scales + group * kPanel + half * kLanes); }
   PUNA_INLINE F minimum(int group, int half) const { return load(scales + (kGroups + group) * kPanel + half * kLanes); }
@@ -95,7 +98,7 @@ __attribute__((noinline)) void multiply_tile(Weight weight, std::int64_t blocks,
   constexpr bool kInRegisters = kRows <= kDotRowsInRegisters;
   constexpr int kGroups = Weight::kGroups, kGroupQuads = 8 / kGroups;
   constexpr std::int64_t kRecord = kGroups == 2 ? 48 : 40;
-  [[maybe_unused]] const std::byte* start = nullptr;
+  [[maybe_unused]] const std::byte *start = nullptr, *far = nullptr, *near = nullptr;
   if constexpr (Weight::kPrefetch) start = weight.block;
   F acc[kRows][2];
   if constexpr (kInRegisters) {
@@ -110,13 +113,10 @@ PUNA_UNROLL(8)
       constexpr std::int64_t kFar = (kPrefetchFar + Weight::kBytes - 1) / Weight::kBytes;
       constexpr std::int64_t kNear = (kPrefetchNear + Weight::kBytes - 1) / Weight::kBytes;
       const std::byte* beyond = following - blocks * Weight::kBytes;  // as if it continued the blocks
-      const std::byte* far = (b + kFar < blocks ? start : beyond) + (b + kFar) * Weight::kBytes;
-      const std::byte* near = (b + kNear < blocks ? start : beyond) + (b + kNear) * Weight::kBytes;
-PUNA_UNROLL(32)
-      for (std::int64_t at = 0; at < Weight::kBytes; at += 64) {
-        prefetch_far(far + at);
-        prefetch(near + at);
-      }
+      far = (b + kFar < blocks ? start : beyond) + (b + kFar) * Weight::kBytes;
+      near = (b + kNear < blocks ? start : beyond) + (b + kNear) * Weight::kBytes;
+    } else {
+      for (int line = 0; line < weight.ahead_lines; ++line, weight.ahead += 64) prefetch_far(weight.ahead);
     }
     const std::byte* codes = weight.codes();
 PUNA_UNROLL(2)
@@ -133,6 +133,15 @@ PUNA_UNROLL(2)
         }
 PUNA_UNROLL(8)
         for (int q = group * kGroupQuads; q < (group + 1) * kGroupQuads; ++q) {
+          if constexpr (Weight::kPrefetch) {
+            if (first == 0) {
+PUNA_UNROLL(8)
+              for (std::int64_t line = Weight::kBytes / 64 * q / 8; line < Weight::kBytes / 64 * (q + 1) / 8; ++line) {
+                prefetch_far(far + line * 64);
+                prefetch(near + line * 64);
+              }
+            }
+          }
           Bytes w[kDotHalves];
 PUNA_UNROLL(2)
           for (int h = 0; h < kDotHalves; ++h) {
@@ -224,7 +233,7 @@ PUNA_INLINE void multiply_panel_in_chunks(const std::byte* panel, std::int64_t b
     const std::int64_t count = blocks - begin < kChunkBlocks ? blocks - begin : kChunkBlocks;
     Weight weight{panel + begin * Weight::kBytes};
     const std::byte* chunk_end = weight.block + count * Weight::kBytes;
-    const Ready chunk{Weight::kBits == 8 ? weight.codes() : codes, Weight::kBits == 8 ? Weight::kBytes : 1024, scales};
+    Ready chunk{Weight::kBits == 8 ? weight.codes() : codes, Weight::kBits == 8 ? Weight::kBytes : 1024, scales, nullptr, 0};
     for (std::int64_t b = 0; b < count; ++b, weight.next()) {
       float* to = scales + b * Ready::kScales;
       for (int i = 0; i < Ready::kScales; i += kLanes)
@@ -240,11 +249,15 @@ PUNA_INLINE void multiply_panel_in_chunks(const std::byte* panel, std::int64_t b
         }
       }
     }
-    // While the tiles use this chunk, they ask for the next one, each for its part.
+    // While the tiles use this chunk, they ask for the next one, each for its part: a few lines at each block, as more at
+    // a time than there may be requests under way would have to wait for each other, and the tile with them.
     const std::byte* next = begin + kChunkBlocks < blocks ? chunk_end : following;
-    const std::int64_t lines = kChunkBlocks * Weight::kBytes / 64;
+    const std::int64_t lines = kChunkBlocks * Weight::kBytes / 64, steps = tiles * count;
+    const int step_lines = static_cast<int>((lines + steps - 1) / steps);
     for (int t = 0; t < tiles; ++t) {
-      for (std::int64_t line = lines * t / tiles; line < lines * (t + 1) / tiles; ++line) prefetch_far(next + line * 64);
+      const std::int64_t asked = t * count * step_lines;
+      chunk.ahead = next + asked * 64;
+      chunk.ahead_lines = asked < lines ? step_lines : 0;
       const int first = rows * t / tiles, last = rows * (t + 1) / tiles;
       multiply_rows<kDotRows>(last - first, chunk, count, x + begin * kRecord + first * x_stride, x_stride,
                                sums + first * kPanel, nullptr);
