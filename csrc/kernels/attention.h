@@ -248,32 +248,47 @@ struct RowTask {
     return tile<Form, 1, kAhead>(row, span, ahead, span_begin), 1;
   }
 
-  // Goes through the keys from position `from` to position `to`, as far as any row sees them. Leaves the sums of the
-  // partitions that end there in `all`, unless there is but one and `partial` takes it.
-  void attend(std::int64_t from, std::int64_t to, float* partial) {
+  // Asks for all of a span.
+  void ask_for(const Span& span) const {
+    const std::int64_t bytes = kStrip * args.cache.head_size * element_bytes(args.cache.dtype);
+    for (int s = 0; s < kSpanStrips; ++s) {
+      for (std::int64_t at = 0; at < bytes; at += 64) prefetch_far(span.keys[s] + at);
+      for (std::int64_t at = 0; at < bytes; at += 64) prefetch_far(span.values[s] + at);
+    }
+  }
+
+  // Goes through the keys from position `from` to position `to`, as far as any row sees them. The sums of each partition
+  // go into `all`, or where `partials` is given, into the rows' places there, of which partition 0 has the first.
+  void attend(std::int64_t from, std::int64_t to, float* partials) {
     const std::int64_t begin = begins[0] > from ? begins[0] : from;  // positions rise with the rows
     const std::int64_t end = ends[rows - 1] < to ? ends[rows - 1] : to;
     const std::int64_t first = begin / kSpan * kSpan;
-    if (first < end) {
-      Span ahead = find(first, begin, end);
-      for (std::int64_t at = first; at < end; at += kSpan) {
-        const Span span = ahead;
-        if (at + kSpan < end) ahead = find(at + kSpan, begin, end);
-        std::int64_t row = 0;
-        if constexpr (Path::kStages) {
-          if (rows >= kStagedRows) {
-            const Span wide = stage(span, at, begin, end);
-            while (row < rows) row += tile_at<typename Path::Staged, false>(row, wide, wide, at);
-          }
+    if (first >= end) return;
+    Span ahead = find(first, begin, end);
+    ask_for(ahead);
+    for (std::int64_t at = first; at < end; at += kSpan) {
+      const Span span = ahead;
+      if (at + kSpan < end) ahead = find(at + kSpan, begin, end);
+      std::int64_t row = 0;
+      if constexpr (Path::kStages) {
+        if (rows >= kStagedRows) {
+          const Span wide = stage(span, at, begin, end);
+          while (row < rows) row += tile_at<typename Path::Staged, false>(row, wide, wide, at);
         }
-        if (row == 0) row = tile_at<Path, true>(0, span, ahead, at);
-        while (row < rows) row += tile_at<Path, false>(row, span, span, at);
-        if (partial == nullptr && ((at + kSpan) % kAttentionPartition == 0 || at + kSpan >= end))
-          finish_partition(at / kAttentionPartition * kAttentionPartition);
+      }
+      if (row == 0) row = tile_at<Path, true>(0, span, ahead, at);
+      while (row < rows) row += tile_at<Path, false>(row, span, span, at);
+      if ((at + kSpan) % kAttentionPartition != 0 && at + kSpan < end) continue;
+      const std::int64_t part = at / kAttentionPartition;
+      if (partials == nullptr) {
+        finish_partition(part * kAttentionPartition);
+      } else {
+        for (std::int64_t r = 0; r < rows; ++r) {
+          copy_sums(partial_sums(partials + (part * group + r) * partial_floats(padded)), partition[r], padded);
+          clear_sums(partition[r], padded);
+        }
       }
     }
-    for (std::int64_t r = 0; partial != nullptr && r < rows; ++r)
-      copy_sums(partial_sums(partial + r * partial_floats(padded)), partition[r], padded);
   }
 
   void finish_partition(std::int64_t begin) {
@@ -312,11 +327,21 @@ struct AttentionTasks {
   std::int64_t group, partitions;
   bool may_split;
 
-  explicit AttentionTasks(const PagedAttentionArgs& call)
+  // Partitions that a task of a single token takes: as many as leave each thread about eight tasks, since what comes
+  // first in a task is waited for.
+  std::int64_t partitions_per_task = 1;
+
+  AttentionTasks(const PagedAttentionArgs& call, int threads)
       : args(call),
         group(call.heads / call.cache.kv_heads),
         partitions(attention_partitions(call)),
-        may_split(paged_attention_scratch(call) != 0) {}
+        may_split(paged_attention_scratch(call) != 0) {
+    if (!may_split) return;
+    std::int64_t all = 0;
+    for (std::int64_t b = 0; b < call.sequences; ++b) all += parts(b) * call.cache.kv_heads;
+    const std::int64_t most = all / (8 * threads);
+    partitions_per_task = most < 1 ? 1 : most;
+  }
 
   std::int64_t tokens(std::int64_t b) const { return args.query_starts[b + 1] - args.query_starts[b]; }
   std::int64_t length(std::int64_t b) const { return args.sequence_lengths[b]; }
@@ -326,17 +351,18 @@ struct AttentionTasks {
   }
   std::int64_t first_partition(std::int64_t b) const { return begin(b) / kAttentionPartition; }
 
-  // Tasks that a single token's keys are split into.
+  // Partitions of the keys of a sequence's one token, 1 where they are not split.
   std::int64_t parts(std::int64_t b) const {
     if (!may_split || tokens(b) != 1 || length(b) < 1 || length(b) > args.table_width * args.cache.block_size) return 1;
     return (length(b) + kAttentionPartition - 1) / kAttentionPartition - first_partition(b);
   }
+  std::int64_t tasks_of_head(std::int64_t b) const { return (parts(b) + partitions_per_task - 1) / partitions_per_task; }
   std::int64_t row_blocks(std::int64_t b) const { return (tokens(b) * group + kRowsPerTask - 1) / kRowsPerTask; }
   // Tasks of run 0 .. 2 B - 1: the sequences with several tokens, then those with one.
   std::int64_t tasks_of_run(std::int64_t run) const {
     const std::int64_t b = run % args.sequences, count = tokens(b);
     if (count < 1 || (run < args.sequences) != (count > 1)) return 0;
-    return row_blocks(b) * args.cache.kv_heads * parts(b);
+    return row_blocks(b) * args.cache.kv_heads * tasks_of_head(b);
   }
 
   // Whether positions from .. to - 1 of a sequence are all in blocks that the cache has.
@@ -362,9 +388,8 @@ inline void attend_task(const AttentionTasks& tasks, Worker& worker, std::int64_
   const PagedAttentionArgs& args = tasks.args;
   const std::int64_t tokens = tasks.tokens(b), kv_heads = args.cache.kv_heads;
   const std::int64_t parts = tasks.parts(b), row_blocks = tasks.row_blocks(b);
-  // A single token's partitions follow each other, as threads that go on with the next find the same blocks' pages.
-  const std::int64_t part = tasks.first_partition(b) + index % parts;
-  index /= parts;
+  const std::int64_t part = tasks.first_partition(b) + index % tasks.tasks_of_head(b) * tasks.partitions_per_task;
+  index /= tasks.tasks_of_head(b);
   const std::int64_t kv_head = tokens > 1 ? index % kv_heads : index / row_blocks;
   const std::int64_t row_block = tokens > 1 ? row_blocks - 1 - index / kv_heads : index % row_blocks;
   const std::int64_t row_begin = row_block * kRowsPerTask, left = tokens * tasks.group - row_begin;
@@ -376,7 +401,8 @@ inline void attend_task(const AttentionTasks& tasks, Worker& worker, std::int64_
     worker.fail(Failure::block_out_of_range);
   } else if (parts > 1) {
     const std::int64_t from = part * kAttentionPartition;
-    return task.attend(from, from + kAttentionPartition, tasks.partial(worker, b, kv_head, part, row_begin));
+    return task.attend(from, from + tasks.partitions_per_task * kAttentionPartition,
+                       tasks.partial(worker, b, kv_head, 0, row_begin));
   } else {
     task.attend(0, end, nullptr);
   }
@@ -401,7 +427,7 @@ inline void merge_partitions(const AttentionTasks& tasks, Worker& worker) {
 
 template <class Path>
 inline void attend(const PagedAttentionArgs& args, Worker& worker) {
-  const AttentionTasks tasks(args);
+  const AttentionTasks tasks(args, worker.count);
   // What take() gives a thread rises, so each thread goes through the runs once.
   std::int64_t run = 0, base = 0, count = tasks.tasks_of_run(0);
   for (;;) {

@@ -80,7 +80,7 @@ struct BytePath {
 #pragma GCC unroll 4
       for (int s = 0; s < kStrips; ++s) {
         keys[s] = load_bytes(span.keys[strip + s] + kStrip * d);
-        if constexpr (kAhead) prefetch(ahead.keys[strip + s] + kStrip * d);
+        if constexpr (kAhead) prefetch_far(ahead.keys[strip + s] + kStrip * d);
       }
       add(d, keys);
     }
@@ -177,7 +177,7 @@ struct BytePath {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           vectors[v] = kTail ? load_words_n(from, static_cast<int>(size - d)) : load_bytes(from + 64 * v);
-          if constexpr (kAhead) prefetch(next + 64 * v);
+          if constexpr (kAhead) prefetch_far(next + 64 * v);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {

@@ -58,10 +58,10 @@ struct FloatPath {
   // Asks for the next span's values at the same place.
   PUNA_INLINE static void ask_ahead(const std::byte* strip, std::int64_t i, std::int64_t d, std::int64_t size) {
     if constexpr (kDtype == Dtype::bf16) {
-      prefetch(strip + 4 * (i * size + d));
+      prefetch_far(strip + 4 * (i * size + d));
     } else {
-      prefetch(strip + element_bytes(kDtype) * (2 * i * size + d));
-      prefetch(strip + element_bytes(kDtype) * ((2 * i + 1) * size + d));
+      prefetch_far(strip + element_bytes(kDtype) * (2 * i * size + d));
+      prefetch_far(strip + element_bytes(kDtype) * ((2 * i + 1) * size + d));
     }
   }
 
@@ -105,8 +105,8 @@ struct FloatPath {
       for (int s = 0; s < kStrips; ++s) {
         load_keys(span.keys[strip + s], i, first[s], second[s]);
         if constexpr (kAhead) {
-          prefetch(ahead.keys[strip + s] + kBytes * i);
-          if constexpr (kBytes == 128) prefetch(ahead.keys[strip + s] + kBytes * i + 64);
+          prefetch_far(ahead.keys[strip + s] + kBytes * i);
+          if constexpr (kBytes == 128) prefetch_far(ahead.keys[strip + s] + kBytes * i + 64);
         }
       }
 #pragma GCC unroll 8
