@@ -8,6 +8,10 @@ namespace {
 thread_local Recording* recording = nullptr;
 }
 
+Recording::~Recording() {
+  if (recording == this) recording = nullptr;
+}
+
 void Recording::begin() {
   if (recording) throw std::logic_error("this thread is recording already");
   if (done_) throw std::logic_error("this recording is done: make another");

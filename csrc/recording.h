@@ -10,6 +10,10 @@ namespace puna {
 
 class Recording {
  public:
+  Recording() = default;
+  Recording(const Recording&) = delete;
+  ~Recording();  // one that is given up before its end is this thread's no more
+
   // From here on this thread's kernel calls are appended instead of run, until end(). Throws std::logic_error where this
   // thread is recording already, or this recording is done.
   void begin();

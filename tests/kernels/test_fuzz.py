@@ -6,14 +6,7 @@ The calls are made by fuzz_child.py. What reads or writes too far is seen for ce
 from __future__ import annotations
 
 import copy
-import json
-import os
-import select
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,56 +14,18 @@ from hypothesis import strategies as st
 
 pytest.importorskip("puna._kernels", reason="the compiled module is not built here")
 
-CHILD: Final = Path(__file__).resolve().parent / "fuzz_child.py"
-TIMEOUT_SECONDS: Final = 120
 Call = dict[str, Any]
+
+
+class Child(Protocol):
+    """conftest.py's fixture `child`."""
+
+    def outcome(self, call: Call) -> str: ...
+
+
 REFUSALS: Final = frozenset(
     ["ValueError", "TypeError", "IndexError", "OverflowError", "RuntimeError", "AttributeError", "NotImplementedError"]
 )
-
-
-class Child:
-    """The process that makes the calls; a new one after a crash."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-
-    def outcome(self, call: Call) -> str:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", str(CHILD)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(call) + "\n")
-        process.stdin.flush()
-        if not select.select([process.stdout], [], [], TIMEOUT_SECONDS)[0]:
-            self.close()
-            return "no answer"
-        answer = process.stdout.readline().strip()
-        if not answer:
-            code = process.wait()
-            self._process = None
-            return f"the process ended with {code}"
-        return answer
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-@pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
-    started = Child()
-    yield started
-    started.close()
 
 
 def tensor(*shape: int, dtype: str = "float32", **more: Any) -> dict[str, Any]:

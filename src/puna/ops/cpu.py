@@ -245,11 +245,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads, size = x.shape[-2:]
     flat = _heads("x", x.reshape(-1, heads, size))
     tokens = flat.shape[0]
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if angles.shape != (*x.shape[:-2], size // 2):
+            raise ValueError(f"{name} has the shape {list(angles.shape)}: {[*x.shape[:-2], size // 2]} is needed")
     cos, sin = cos.reshape(-1, size // 2).contiguous(), sin.reshape(-1, size // 2).contiguous()
     for name, angles in (("cos", cos), ("sin", sin)):
         _check(name, angles, torch.float32, 2)
-        if angles.shape[0] != tokens:
-            raise ValueError(f"{name} has {angles.shape[0]} rows, but x has {tokens} tokens")
     y = _empty(x.shape, x.dtype)
     _built().rotary(
         flat.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), tokens, heads, size,
