@@ -43,15 +43,15 @@ inline void quantize_blocks(const LinearArgs& a, std::int64_t row, std::int64_t 
     store_int8(reinterpret_cast<std::int8_t*>(out), q_low);
     store_int8(reinterpret_cast<std::int8_t*>(out) + kLanes, q_high);
     std::memcpy(out + kRecordScale, &scale, 4);
-    std::int32_t sums[2] = {sum(q_low), sum(q_high)};
-    if (format.groups == 1) sums[0] += sums[1];
     for (int g = 0; g < format.groups; ++g) {
-      const std::int32_t correction = -zero_code * sums[g];
-      const float scaled = scale * static_cast<float>(sums[g]);
+      const std::int32_t total = sum(format.groups == 1 ? q_low + q_high : g == 0 ? q_low : q_high);
+      const std::int32_t correction = -zero_code * total;
+      const float scaled = scale * static_cast<float>(total);
+      std::byte* to = out + kRecordCorrection + 4 * g;
       if (format.minimums) {
-        std::memcpy(out + kRecordCorrection + 4 * g, &scaled, 4);
+        std::memcpy(to, &scaled, 4);
       } else {
-        std::memcpy(out + kRecordCorrection + 4 * g, &correction, 4);
+        std::memcpy(to, &correction, 4);
       }
     }
   }
