@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BEGIN, END = "<!-- measured: benchmarks/cpu_peers.py writes from here -->", "<!-- to here -->"
 TITLES = {
@@ -89,12 +90,13 @@ def draw(results: dict[str, Any], file: Path) -> None:
             rates = measured["tokens_per_second"]
             bars = axes.barh(list(rates), list(rates.values()), color=[colors[one] for one in rates])
             labels = [
-                f"{rate:,.0f}" if one == "puna" else f"{rate:,.0f}  (puna x {measured['ratios'][one][0]:.2f})"
+                f"{rate:,.0f}" if one == "puna" else f"{rate:,.0f}  (puna {measured['ratios'][one][0]:.2f}x)"
                 for one, rate in rates.items()
             ]
             axes.bar_label(bars, labels, padding=3, fontsize="small")
             axes.invert_yaxis()
             axes.set_xlim(0, 1.6 * max(rates.values()))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(labelsize="small")
             axes.spines[["top", "right"]].set_visible(False)
             if row == 0:
