@@ -114,6 +114,11 @@ PUNA_INLINE void store_n(float* p, F a, int n) { _mm512_mask_storeu_ps(p, static
 // a in the first n lanes, b in the others.
 PUNA_INLINE F first_n(F a, F b, int n) { return {_mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1), b.v, a.v)}; }
 
+// x in the lanes where a > b, y in the others, those of NaN too.
+PUNA_INLINE F where_greater(F a, F b, F x, F y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), y.v, x.v)};
+}
+
 PUNA_INLINE F load_f16(const std::uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 PUNA_INLINE void store_f16(std::uint16_t* p, F a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -221,6 +226,10 @@ PUNA_INLINE void store_n(float* p, F x, int n) {
 PUNA_INLINE F first_n(F x, F y, int n) {
   return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(lanes_below(n, 0))),
           _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(lanes_below(n, 8)))};
+}
+PUNA_INLINE F where_greater(F a, F b, F x, F y) {
+  return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(a.a, b.a, _CMP_GT_OQ)),
+          _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(a.b, b.b, _CMP_GT_OQ))};
 }
 PUNA_INLINE __m128i half(const std::uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 PUNA_INLINE F load_f16(const std::uint16_t* p) { return {_mm256_cvtph_ps(half(p)), _mm256_cvtph_ps(half(p + 8))}; }
@@ -377,6 +386,7 @@ PUNA_INLINE F round(F a) { F r; PUNA_EACH_LANE r.v[i] = __builtin_rintf(a.v[i]);
 PUNA_INLINE F load_n(const float* p, int n) { F r = zero(); for (int i = 0; i < n; ++i) r.v[i] = p[i]; return r; }
 PUNA_INLINE void store_n(float* p, F a, int n) { for (int i = 0; i < n; ++i) p[i] = a.v[i]; }
 PUNA_INLINE F first_n(F a, F b, int n) { F r; PUNA_EACH_LANE r.v[i] = i < n ? a.v[i] : b.v[i]; return r; }
+PUNA_INLINE F where_greater(F a, F b, F x, F y) { F r; PUNA_EACH_LANE r.v[i] = a.v[i] > b.v[i] ? x.v[i] : y.v[i]; return r; }
 
 PUNA_INLINE F load_f16(const std::uint16_t* p) { F r; PUNA_EACH_LANE r.v[i] = f16_to_float(p[i]); return r; }
 PUNA_INLINE void store_f16(std::uint16_t* p, F a) { PUNA_EACH_LANE p[i] = float_to_f16(a.v[i]); }

@@ -7,6 +7,7 @@
 #include "experts.h"
 #include "linear.h"
 #include "probe.h"
+#include "rounding.h"
 
 #define PUNA_STRING(name) #name
 #define PUNA_NAME(name) PUNA_STRING(name)
@@ -32,6 +33,7 @@ const Kernels kKernels = {
     .paged_attention = untyped<PagedAttentionArgs, paged_attention>,
     .experts = untyped<ExpertsArgs, experts>,
     .probe = untyped<ProbeArgs, probe>,
+    .round_groups = untyped<RoundArgs, round_groups>,
 };
 
 }  // namespace puna::PUNA_LEVEL

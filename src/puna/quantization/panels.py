@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.ops import OpTable
+from puna.ops.packing import can_round, round_rows
 from puna.ops.panels import BLOCK, PanelFormat, Panels
 from puna.quantization.groups import GroupQuantized
 from puna.quantization.rounding import round_to_groups
@@ -88,6 +89,9 @@ class GroupPanels(_PanelFormat):
     """Codes of 8 or 4 bits; each group of 16 or 32 inputs has a float16 scale, and perhaps a float16 minimum."""
 
     def _write(self, panels: Panels, first: int, dense: Tensor) -> None:
+        if can_round(dense, panels):
+            round_rows(dense, panels, first)
+            return
         padding = -self.inputs % BLOCK
         if padding:
             dense = nn.functional.pad(dense, (0, padding))
