@@ -29,10 +29,10 @@ constexpr int kTileRows = 6, kTileSums = 6;  // a vector takes two of the sixtee
 constexpr int kTileRows = 2, kTileSums = 2;
 #endif
 constexpr int kTileHalves = 8;  // of few rows: enough chains to hide the latency of fma
-// Panels that go over a chunk of x before the next chunk is read: x comes from the third level, and with 4 panels 1 byte
-// of it a cycle is enough; with 8 it is no faster.
+// Panels that go over a chunk of x before the next chunk is read: x comes from the third level, and with 4 panels
+// 1 byte of it a cycle is enough; with 8 it is no faster.
 constexpr int kGroupPanels = 4;
-// A chunk of a panel in float32 is 32 KB and stays in the first level while all rows pass; half of that was 2-5 % slower.
+// A chunk of a panel in float32 is 32 KB and stays in the first level while all rows pass; half of that was slower.
 constexpr int kChunk = kDenseChunk;
 // 512 rows: 90-94 % in blocks of 256 rows, 80-84 % in one of 512, whose chunks of x and sums crowd the second level.
 constexpr int kBlockRows = kDenseBlockRows;
@@ -41,7 +41,10 @@ constexpr int kBlockRows = kDenseBlockRows;
 constexpr int kUnpackRows = 96;
 // Fewer rows are bound by memory, where threads that read long stretches are faster than those that take turns.
 constexpr int kDynamicRows = 48;
-constexpr int kAheadBytes = 4096;
+// Few rows: the weights of the next chunk are fetched into the second level, those this far on into the first. One row
+// of bfloat16: 105-111 % of a plain read; 102-106 % with one fetch, 4 KB ahead; 88 % with one panel at a time.
+constexpr int kNearBytes = 1024;
+constexpr int kLineBytes = 64;
 
 static_assert((kGroupPanels * kBlockRows + kChunk) * kPanel * sizeof(float) <= Worker::kLocalBytes);
 
@@ -84,8 +87,9 @@ struct PairWeights {
 };
 
 // sums[h][r] += x[r] . weight[h] (or =, where it `begins`) for R rows, kChunk apart, and H halves; `weights` and `sums`
-// point to the panels (for H = 1: to the half). Where it streams, the weights come from memory, and those kAheadBytes
-// on are fetched. Else they are in a cache, and each step fetches the line at `ahead`, `ahead_step` bytes on.
+// point to the panels (for H = 1: to the half). Where it streams, the weights come from memory: those `ahead_step`
+// bytes on are fetched into the second level, and those kNearBytes on into the first. Else they are in a cache, and
+// each step fetches the line at `ahead`, `ahead_step` bytes after the last one.
 template <class W, int R, int H, bool streams>
 void dense_tile(const typename W::X* x, const typename W::Element* const* weights, int steps, float* const* sums,
                 bool begins, const char* ahead, std::int64_t ahead_step) {
@@ -124,12 +128,15 @@ PUNA_DENSE_UNROLL
       }
     }
     if constexpr (streams) {
-      constexpr int kLine = 64 / sizeof(typename W::Element);
+      constexpr int kLine = kLineBytes / sizeof(typename W::Element);
 PUNA_DENSE_UNROLL
       for (int p = 0; p < kPanels; ++p)
 PUNA_DENSE_UNROLL
-        for (int line = 0; line < (H == 1 ? W::kHalf : W::kStep); line += kLine)
-          prefetch(w[p] + step * W::kStep + kAheadBytes / sizeof(typename W::Element) + line);
+        for (int line = 0; line < (H == 1 ? W::kHalf : W::kStep); line += kLine) {
+          const auto* at = reinterpret_cast<const char*>(w[p] + step * W::kStep + line);
+          prefetch_far(at + ahead_step);
+          prefetch(at + kNearBytes);
+        }
     } else {
       prefetch_far(ahead);
       ahead += ahead_step;
@@ -151,14 +158,15 @@ struct DenseGroup {
 
 // What tiles fetch from memory while they compute: spans of as many lines as a tile has steps.
 struct Ahead {
-  const char* spans[4 * kGroupPanels + kBlockRows * kChunk * 4 / (64 * kChunk / 2) + 1];
+  const char* spans[4 * kGroupPanels + kBlockRows * kChunk * 4 / (kLineBytes * kChunk / 2) + 1];
   int count = 0, next = 0;
+  std::int64_t offset = 0;  // where tiles stream: bytes from what they read
 
   template <class T>
   void add(const T* from, std::int64_t elements, int steps) {
     const auto* at = reinterpret_cast<const char*>(from);
     const char* end = at + elements * static_cast<std::int64_t>(sizeof(T));
-    for (; at < end; at += 64 * steps) spans[count++] = at;
+    for (; at < end; at += kLineBytes * steps) spans[count++] = at;
   }
 };
 
@@ -174,11 +182,11 @@ void dense_row_tile(const typename W::X* x, const DenseGroup<W>& group, int row,
       sums[p] = group.sums[half / 2 + p] + row * kPanel + half % 2 * kLanes;
     }
     const char* at = reinterpret_cast<const char*>(x);
-    std::int64_t ahead_step = 0;
+    std::int64_t ahead_step = ahead.offset;
     if constexpr (!streams) {
       if (ahead.next < ahead.count) {
         at = ahead.spans[ahead.next++];
-        ahead_step = 64;
+        ahead_step = kLineBytes;
       }
     }
     dense_tile<W, R, H, streams>(x, weights, steps, sums, begins, at, ahead_step);
@@ -221,11 +229,12 @@ void dense_panels(const LinearArgs& a, const typename W::X* x, std::int64_t chun
   const std::int64_t inputs = (a.inputs + W::kInputs - 1) / W::kInputs * W::kInputs;
   auto* sums = reinterpret_cast<float*>(worker.local);
   float* unpacked = sums + kGroupPanels * kBlockRows * kPanel;
+  const std::int64_t panel_elements = inputs / W::kInputs * W::kStep;
   DenseGroup<W> group;
   group.panels = a.gated ? 2 * count : count;
   for (int p = 0; p < group.panels; ++p) {
     const std::int64_t number = p < count ? panel + p : a.outputs / kPanel + panel + p - count;
-    group.weights[p] = static_cast<const typename W::Element*>(a.weight) + number * (inputs / W::kInputs) * W::kStep;
+    group.weights[p] = static_cast<const typename W::Element*>(a.weight) + number * panel_elements;
     group.sums[p] = sums + p * rows * kPanel;
   }
   constexpr int kElements = kChunk / W::kInputs * W::kStep;  // of a panel in a chunk
@@ -233,6 +242,9 @@ void dense_panels(const LinearArgs& a, const typename W::X* x, std::int64_t chun
     const int chunk = inputs - k < kChunk ? static_cast<int>(inputs - k) : kChunk, steps = chunk / W::kInputs;
     Ahead ahead;
     if (rows <= kTileRows) {
+      const bool last = k + kChunk >= inputs;
+      const std::int64_t next = last ? count * panel_elements - k / W::kInputs * W::kStep : kElements;
+      ahead.offset = next * static_cast<std::int64_t>(sizeof(typename W::Element));
       dense_rows<W, true>(x, group, 0, rows, steps, k == 0, ahead);
     } else {
       const bool unpacks = W::kNarrow && rows >= kUnpackRows;
