@@ -11,8 +11,8 @@
 
 namespace puna::PUNA_LEVEL {
 
-// Work below this stays on one thread: 2 KB go through a core in about 50 ns, which is what a thread that waits for
-// nothing but another core's cache line waits.
+// A thread gets this much or nothing: 2 KB are 32 cache lines, and what lies on the border of two threads' parts goes from
+// one core to the other.
 constexpr std::int64_t kLeastBytes = 2048;
 
 PUNA_INLINE constexpr std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
@@ -69,9 +69,9 @@ inline F norm_scale(const NormRow& row, std::int64_t size, float epsilon) {
 }
 
 template <Dtype dtype>
-inline void norm_columns(const RmsNormArgs& args, const NormRow& row, F scale, std::int64_t begin, std::int64_t end) {
-  for (std::int64_t column = begin; column < end; column += kLanes) {
-    const int lanes = lanes_left(end - column);
+inline void norm_columns(const RmsNormArgs& args, const NormRow& row, F scale) {
+  for (std::int64_t column = 0; column < args.size; column += kLanes) {
+    const int lanes = lanes_left(args.size - column);
     const F x = norm_input<dtype>(row, column, lanes);
     const F weight = load_as_n(args.weight, column, dtype, lanes);
     if (args.sum != nullptr) store_as_n(args.sum, row.at + column, x, dtype, lanes);
@@ -81,35 +81,13 @@ inline void norm_columns(const RmsNormArgs& args, const NormRow& row, F scale, s
 
 template <Dtype dtype>
 inline void rms_norm_of(const RmsNormArgs& args, Worker& worker) {
-  const std::int64_t rows = args.outer * args.inner, row_bytes = args.size * bytes_of(dtype);
-  const auto row_at = [&](std::int64_t row) {
+  const std::int64_t rows = args.outer * args.inner;
+  const Worker::Range range = worker.share(rows, grain_of(args.size * bytes_of(dtype)));
+  for (std::int64_t row = range.begin; row < range.end; ++row) {
     const std::int64_t outer = row / args.inner, inner = row % args.inner;
-    return NormRow{args.x, outer * args.x_outer_stride + inner * args.x_inner_stride, args.residual, row * args.size};
-  };
-  // Few rows: several threads share one. Each needs the sum over the whole row, which it computes for itself: an exchange
-  // would cost a barrier, and reading is the smaller half of the work.
-  std::int64_t pieces = rows > 0 ? worker.count / rows : 1;
-  if (pieces > row_bytes / kLeastBytes) pieces = row_bytes / kLeastBytes;
-  if (pieces <= 1) {
-    const Worker::Range range = worker.share(rows, grain_of(row_bytes));
-    for (std::int64_t row = range.begin; row < range.end; ++row) {
-      const NormRow input = row_at(row);
-      norm_columns<dtype>(args, input, norm_scale<dtype>(input, args.size, args.epsilon), 0, args.size);
-    }
-    return;
+    const NormRow input{args.x, outer * args.x_outer_stride + inner * args.x_inner_stride, args.residual, row * args.size};
+    norm_columns<dtype>(args, input, norm_scale<dtype>(input, args.size, args.epsilon));
   }
-  const bool works = worker.index < rows * pieces;  // one piece each
-  const std::int64_t row = worker.index / pieces, piece = worker.index % pieces;
-  const NormRow input = row_at(works ? row : 0);
-  F scale = zero();
-  if (works) scale = norm_scale<dtype>(input, args.size, args.epsilon);
-  // The sum or the result may be written over an input, of which the other threads must have seen all.
-  const bool sum_in_place = args.sum != nullptr && (args.sum == args.x || args.sum == args.residual);
-  if (sum_in_place || args.y == args.x || args.y == args.residual) worker.barrier();
-  if (!works) return;
-  const std::int64_t vectors = (args.size + kLanes - 1) / kLanes;
-  const std::int64_t begin = vectors * piece / pieces * kLanes, end = vectors * (piece + 1) / pieces * kLanes;
-  norm_columns<dtype>(args, input, scale, begin, end < args.size ? end : args.size);
 }
 
 inline void rms_norm(const RmsNormArgs& args, Worker& worker) {

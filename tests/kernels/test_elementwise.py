@@ -16,7 +16,7 @@ from puna.ops import reference
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS: Final = {"silu": 1, "gelu": 2, "gelu_pytorch_tanh": 3, "relu": 4}
 THREADS: Final = (1, 2, 3)
-# Tails of every kind: below one vector, one past it, past four vectors, more than a thread's least part.
+# Tails of every kind: below one vector, one past it, past four vectors. From 2^15 numbers on threads share a call.
 SIZES: Final = (1, 5, 16, 17, 63, 64, 100, 1000, 2048, 3001)
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,43 +122,33 @@ def test_rms_norm_of_a_residual_sum(kernels: ModuleType, level: str, dtype: torc
 def test_rms_norm_of_heads_inside_of_wider_rows(kernels: ModuleType, dtype: torch.dtype) -> None:
     for threads in THREADS:
         kernels.set_threads(threads)
-        wide = random(5, 7 * 48 + 11, dtype=dtype)
-        heads = wide[:, 11 : 11 + 4 * 48].view(5, 4, 48)
+        wide = random(200, 7 * 48 + 11, dtype=dtype)
+        heads = wide[:, 11 : 11 + 4 * 48].view(200, 4, 48)
         weight = random(48, dtype=dtype, seed=1)
-        alone = rms_norm(kernels, heads.contiguous().view(20, 48), weight)[0].view(5, 4, 48)
+        alone = rms_norm(kernels, heads.contiguous().view(800, 48), weight)[0].view(200, 4, 48)
         assert same(rms_norm(kernels, heads, weight)[0], alone)
 
 
 @each_dtype
 def test_rms_norm_in_place(kernels: ModuleType, dtype: torch.dtype) -> None:
-    # One row of many columns: the threads share it, and each needs all of it before another may overwrite its part.
-    for threads, rows in itertools.product(THREADS, (1, 2, 5)):
+    for threads, rows in itertools.product(THREADS, (1, 9)):
         kernels.set_threads(threads)
         x, residual = random(rows, 5000, dtype=dtype), random(rows, 5000, dtype=dtype, seed=1)
         weight = random(5000, dtype=dtype, seed=2)
         y, total = rms_norm(kernels, x, weight, residual)
-        for _ in range(20):
-            y_in_place, stream = x.clone(), residual.clone()
-            sizes = {"outer": rows, "inner": 1, "size": 5000, "x_outer_stride": 5000, "x_inner_stride": 0}
-            at, into = y_in_place.data_ptr(), stream.data_ptr()
-            kernels.rms_norm(
-                x=at,
-                residual=into,
-                weight=weight.data_ptr(),
-                sum=into,
-                y=at,
-                epsilon=1e-5,
-                dtype=DTYPES[dtype],
-                **sizes,
-            )
-            assert total is not None
-            assert same(stream, total)
-            assert same(y_in_place, y)
+        sizes = {"outer": rows, "inner": 1, "size": 5000, "x_outer_stride": 5000, "x_inner_stride": 0}
+        at, into = x.data_ptr(), residual.data_ptr()
+        kernels.rms_norm(
+            x=at, residual=into, weight=weight.data_ptr(), sum=into, y=at, epsilon=1e-5, dtype=DTYPES[dtype], **sizes
+        )
+        assert total is not None
+        assert same(residual, total)
+        assert same(x, y)
 
 
 @each_dtype
 def test_add(kernels: ModuleType, level: str, dtype: torch.dtype) -> None:
-    for threads, count in itertools.product(THREADS, (*SIZES, 20011)):
+    for threads, count in itertools.product(THREADS, (*SIZES, 70001)):
         kernels.set_threads(threads)
         a, b = random(count, dtype=dtype, scale=100.0), random(count, dtype=dtype, seed=1)
         y = filled((count,), dtype)
@@ -196,7 +186,7 @@ def exact_activation(x: Tensor, activation: str) -> Tensor:
 @each_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_activation(kernels: ModuleType, level: str, dtype: torch.dtype, activation: str) -> None:
-    for rows, size in ((1, 5000), (3, 1), (4, 17), (2, 1024), (3, 333)):
+    for rows, size in ((1, 20001), (3, 1), (4, 17), (2, 1024), (3, 333)):
         gate_up = random(rows, 2 * size, dtype=dtype, seed=size, scale=4.0)
         y = gated(kernels, gate_up, ACTIVATIONS[activation])
         gate, up = gate_up.double().chunk(2, dim=-1)
@@ -209,7 +199,7 @@ def test_gated_activation(kernels: ModuleType, level: str, dtype: torch.dtype, a
         # The reference rounds the activation, too, which in a half type is up to a step away from this; its own gelu
         # has few digits where it is nearly zero.
         expected = reference.gated_activation(gate_up, activation)
-        bounds = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4e-6} if dtype != torch.float32 else {}
+        bounds = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4e-6 if dtype != torch.float32 else 3e-5}
         torch.testing.assert_close(y, expected, **bounds)
 
 
@@ -246,14 +236,14 @@ def rotary(kernels: ModuleType, x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) 
 
 @each_dtype
 def test_rotary_is_the_reference_in_every_bit(kernels: ModuleType, level: str, dtype: torch.dtype) -> None:
-    for head_size, threads, heads in itertools.product((2, 6, 32, 64, 80, 128), THREADS, (1, 5)):
+    for head_size, threads, (tokens, heads) in itertools.product((2, 6, 32, 64, 80, 128), THREADS, ((7, 1), (99, 5))):
         kernels.set_threads(threads)
-        wide = random(7, 3 + heads * head_size, dtype=dtype, seed=head_size)
-        x = wide[:, 3:].view(7, heads, head_size)
-        angles = random(7, head_size // 2 + 4, dtype=torch.float32, scale=100.0)[:, : head_size // 2]
+        wide = random(tokens, 3 + heads * head_size, dtype=dtype, seed=head_size)
+        x = wide[:, 3:].view(tokens, heads, head_size)
+        angles = random(tokens, head_size // 2 + 4, dtype=torch.float32, scale=100.0)[:, : head_size // 2]
         cos, sin = (1.2 * angles.cos(), 1.2 * angles.sin())  # as with an attention factor
         padded = torch.stack((cos, sin), dim=-1).permute(2, 0, 1).contiguous()
-        y = filled((7, heads, head_size), dtype)
+        y = filled((tokens, heads, head_size), dtype)
         rotary(kernels, x, padded[0], padded[1], y)
         assert_margin(y)
         assert same(y, reference.rotary(x, cos, sin))
@@ -270,8 +260,8 @@ def test_rotary_in_place(kernels: ModuleType, dtype: torch.dtype) -> None:
 @each_dtype
 def test_the_same_bits_for_any_batch_threads_and_level(kernels: ModuleType, dtype: torch.dtype) -> None:
     size = 2500
-    x, residual = random(6, size, dtype=dtype, scale=2.0), random(6, size, dtype=dtype, seed=1)
-    weight, gate_up = random(size, dtype=dtype, seed=2), random(6, 2 * size, dtype=dtype, seed=3, scale=5.0)
+    x, residual = random(16, size, dtype=dtype, scale=2.0), random(16, size, dtype=dtype, seed=1)
+    weight, gate_up = random(size, dtype=dtype, seed=2), random(16, 2 * size, dtype=dtype, seed=3, scale=5.0)
 
     def results(rows: slice) -> tuple[Tensor, ...]:
         y, total = rms_norm(kernels, x[rows], weight, residual[rows])
@@ -281,7 +271,7 @@ def test_the_same_bits_for_any_batch_threads_and_level(kernels: ModuleType, dtyp
     kernels.set_threads(1)
     expected = results(slice(None))
     for level, threads, rows in itertools.product(
-        kernels.supported_levels(), (1, 2, 3, 5), (slice(None), slice(2, 3), slice(1, 4))
+        kernels.supported_levels(), (1, 2, 3, 5), (slice(None), slice(2, 3), slice(1, 15))
     ):
         kernels.set_level(level)
         kernels.set_threads(threads)
