@@ -174,9 +174,10 @@ def _fields(report: Report) -> dict[str, Any]:
 def _print_report(title: str, report: Report) -> None:
     settings, limit, rates = report.settings, report.limit, report.limit.operations
     kernels = "reference ops" if report.level is None else f"{report.level} kernels"
+    threads = "thread" if settings.threads == 1 else "threads"
     peaks = ", ".join(f"{kind} {rates[kind] / 1e9:,.0f}" for kind in ("int8", "bfloat16", "float32"))
     print_table(
-        f"{title}\n{settings.threads} thread{'s' if settings.threads > 1 else ''}, {kernels}; prompts of {settings.prompt_tokens} tokens, "
+        f"{title}\n{settings.threads} {threads}, {kernels}; prompts of {settings.prompt_tokens} tokens, "
         f"{settings.new_tokens} new; medians of {settings.repeat}",
         ("batch", "prefill tokens/s", "of limit", "first token", "decode tokens/s", "of limit"),
         [
