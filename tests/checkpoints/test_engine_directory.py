@@ -364,6 +364,10 @@ def test_the_command(make_with_tokenizer: Path, tmp_path: Path) -> None:
     again = puna("build", make_with_tokenizer, "-o", target)
     assert again.returncode == 2
     assert "exists already" in again.stderr
+    shown = puna("info", target, "--json")
+    report = json.loads(shown.stdout)
+    assert (report["supported"], report["weights"]) == (True, ["int4"])
+    assert report["memory_bytes"]["total"] == sum(p.numel() * p.element_size() for p in load_model(target).parameters())
     said = puna("generate", "--model", target, "--max-new-tokens", "4", "--json", "abc")
     assert said.returncode == 0, said.stderr
     assert len(json.loads(said.stdout)["token_ids"]) >= 1

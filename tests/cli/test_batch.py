@@ -131,7 +131,7 @@ def test_a_bad_line_is_named_before_anything_runs(
     build_chain: Run, puna: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Any, message: str
 ) -> None:
     folder = build_chain(tmp_path / "model", "xyzx", context=20)
-    monkeypatch.setattr("puna.engine.engine.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("puna.models.loading.ModelLoader.load", lambda *_, **__: pytest.fail("the weights were read"))
     source, out = write_lines(tmp_path / "in.jsonl", [{"prompt": "x"}, line]), tmp_path / "out.jsonl"
     told = puna("generate", "-m", folder, "--input", source, "--output", out).message
     assert told.startswith(f"{source}, line 2: ")
@@ -186,7 +186,7 @@ def test_a_finished_batch_is_not_done_again(
     words = ("generate", "-m", chain, "--input", source, "--output", out)
     assert puna(*words).code == 0
     before = out.read_bytes()
-    monkeypatch.setattr("puna.engine.engine.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("puna.models.loading.ModelLoader.load", lambda *_, **__: pytest.fail("the weights were read"))
     done = puna(*words, "--max-num-seqs", 3, "--threads", 1)  # neither changes a result
     assert (done.code, done.err) == (0, f"all 2 prompts have their results in {out}\n")
     assert out.read_bytes() == before

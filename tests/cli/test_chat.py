@@ -174,7 +174,7 @@ def test_template_without_a_place_for_a_system_message(build_chain: Run, puna: R
 
 
 def test_flags_are_checked_before_the_weights_are_read(chain: Any, puna: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puna.engine.engine.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("puna.models.loading.ModelLoader.load", lambda *_, **__: pytest.fail("the weights were read"))
     assert "top_p is 2.0" in puna("chat", "-m", chain, "--top-p", "2", stdin=b"Hi").message
 
 

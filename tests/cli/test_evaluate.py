@@ -124,6 +124,26 @@ def test_two_dtypes_of_one_model(random_model: Any, data: Path, puna: Run) -> No
     assert (result["a"]["dtype"], result["b"]["dtype"], result["tokens"]) == ("float32", "bfloat16", len(targets))
 
 
+def test_two_formats_of_one_model(random_model: Any, data: Path, puna: Run) -> None:
+    divergences = []
+    for quantization in ("int8", "int4"):
+        words = ("--data", data, "--context", 32, "--quantization-b", quantization, "--json")
+        result = json.loads(puna("eval", "compare", random_model, random_model, *words).out)
+        assert (result["a"]["quantization"], result["b"]["quantization"]) == (None, quantization)
+        divergences.append(result["kl"]["mean"])
+    assert 0 < 10 * divergences[0] < divergences[1]
+
+
+def test_perplexity_in_a_format(random_model: Any, data: Path, puna: Run) -> None:
+    pytest.importorskip("puna._kernels", reason="engines quantise for the compiled kernels")
+    words = ("--data", data, "--context", 32, "--quantization", "int8", "--json")
+    result = json.loads(puna("eval", "perplexity", "-m", random_model, *words).out)
+    plain = json.loads(puna("eval", "perplexity", "-m", random_model, "--data", data, "--context", 32, "--json").out)
+    assert (plain["quantization"], result["quantization"]) == (None, "int8")
+    assert result["perplexity"] != plain["perplexity"]
+    assert result["perplexity"] == pytest.approx(plain["perplexity"], rel=0.05)
+
+
 def test_two_models_and_a_plot(random_model: Any, data: Path, puna: Run, tmp_path: Path) -> None:
     from puna.models.loading import save_model
 
@@ -181,7 +201,7 @@ def test_refused_before_the_weights_are_read(
     message: str,
 ) -> None:
     monkeypatch.setattr("puna.models.load_model", lambda *_, **__: pytest.fail("the weights were read"))
-    monkeypatch.setattr("puna.engine.engine.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("puna.models.loading.ModelLoader.load", lambda *_, **__: pytest.fail("the weights were read"))
     models = ["-m", random_model] if command == "perplexity" else [random_model, random_model]
     assert message in puna("eval", command, *models, "--data", data, *words).message
 

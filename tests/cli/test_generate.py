@@ -226,7 +226,7 @@ def test_shorter_context(chain: Any, puna: Run) -> None:
 def test_cache_that_is_too_small_is_refused_before_the_weights_are_read(
     chain: Any, puna: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("puna.engine.engine.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("puna.models.loading.ModelLoader.load", lambda *_, **__: pytest.fail("the weights were read"))
     told = puna("generate", "-m", chain, "--kv-cache-memory", "1KiB", "--max-new-tokens", 90, "x").message
     assert "kv_cache_memory" in told
 
@@ -326,7 +326,7 @@ def test_refused_before_the_weights_are_read(
     build_chain: Run, puna: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     folder = build_chain(tmp_path / "model", "xyzx", context=20)
-    monkeypatch.setattr("puna.engine.engine.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr("puna.models.loading.ModelLoader.load", lambda *_, **__: pytest.fail("the weights were read"))
     assert message in puna("generate", "-m", folder, *words).message
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from puna.cli.display import check_plot, print_table, progress_bar
-from puna.cli.options import DtypeName, EngineFlags, ModelFlags, unbundle
+from puna.cli.options import DtypeName, EngineFlags, ModelFlags, Quantization, unbundle
 
 if TYPE_CHECKING:
     from puna.evaluation.compare import Comparison
@@ -74,6 +74,7 @@ def perplexity(
     fields = {
         "model": model_flags.model,
         "dtype": opened.config.dtype,
+        "quantization": opened.quantization,
         "nats_per_token": result.nats_per_token,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
@@ -87,7 +88,7 @@ def perplexity(
         write(json.dumps(fields, ensure_ascii=False) + "\n")
         return
     print_table(
-        f"{model_flags.model} ({opened.config.dtype})",
+        opened.title,
         None,
         [
             ("perplexity", f"{result.perplexity:.4f}"),
@@ -107,6 +108,12 @@ def compare(
     data: Data,
     dtype_a: Annotated[DtypeName | None, typer.Option(help="Number type of A; the checkpoint's if not given.")] = None,
     dtype_b: Annotated[DtypeName | None, typer.Option(help="Number type of B; the checkpoint's if not given.")] = None,
+    quantization_a: Annotated[
+        Quantization | None, typer.Option(help="Format of A's weights, for the compiled kernels; plain if not given.")
+    ] = None,
+    quantization_b: Annotated[
+        Quantization | None, typer.Option(help="Format of B's weights, for the compiled kernels; plain if not given.")
+    ] = None,
     context: Context = None,
     stride: Stride = None,
     json_output: JsonOutput = False,
@@ -131,16 +138,18 @@ def compare(
     from puna.models import load_model
 
     flags = [
-        ModelFlags(model=name, dtype=dtype, device=device, threads=threads)
-        for name, dtype in ((a, dtype_a), (b, dtype_b))
+        ModelFlags(model=name, dtype=dtype, quantization=quantization, device=device, threads=threads)
+        for name, dtype, quantization in ((a, dtype_a, quantization_a), (b, dtype_b, quantization_b))
     ]
     opened = [OpenedModel.open(one, EngineFlags()) for one in flags]
     encoded = encode_for_both(opened[0].tokenizer, opened[1].tokenizer, documents)
     window, step = _window(context, stride, min(one.config.context_length for one in opened))
-    model_a, model_b = (load_model(one.folder, one.config.dtype, one.device) for one in opened)
+    model_a, model_b = (
+        load_model(one.folder, one.config.dtype, one.device, quantization=one.quantization) for one in opened
+    )
     with progress_bar("tokens") as on_progress:
         found = compare_models(model_a, model_b, encoded, window, step, on_progress)
-    names = [f"{one.model} ({its.config.dtype})" for one, its in zip(flags, opened, strict=True)]
+    names = [one.title for one in opened]
     if plot is not None:
         from puna.cli.comparison_plot import draw
 
@@ -148,7 +157,7 @@ def compare(
     fields = _comparison_fields(found)
     if json_output:
         sides = {
-            name: {"model": one.model, "dtype": its.config.dtype, "perplexity": value}
+            name: {"model": one.model, "dtype": its.config.dtype, "quantization": its.quantization, "perplexity": value}
             for name, one, its, value in zip("ab", flags, opened, (found.perplexity_a, found.perplexity_b), strict=True)
         }
         write(json.dumps({**sides, **fields, "context": window, "stride": step}, ensure_ascii=False) + "\n")

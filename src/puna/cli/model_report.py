@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import torch
 
-from puna.checkpoints import Checkpoint, open_checkpoint, resolve_path
+from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint, resolve_path
 from puna.config import GenerationConfig, LLaMAConfig, read_json_object
 from puna.engine.tokenizer import Tokenizer
-from puna.models import MODELS
+from puna.models import MODELS, model_loader
 from puna.models.loading import check_tensors, resolved_config
 from puna.planning.memory import DTYPE_BYTES, key_value_bytes_per_token, parameter_counts
 
@@ -95,13 +95,18 @@ def report_on(path: str, dtype: str | None = None) -> ModelReport:
         _describe_raw(report, raw)
     else:
         _describe(report, config)
-    if checkpoint:
+    if isinstance(checkpoint, EngineDirectory):
+        _describe_engine(report, checkpoint)
+    elif checkpoint:
         _describe_tensors(report, checkpoint, None if refusal else config)
     if config is not None and not refusal:
         counts = parameter_counts(config)
         report.dtype = config.dtype
         report.parameters = {**counts.by_part, "total": counts.total}
-        report.memory = {part: n * DTYPE_BYTES[config.dtype] for part, n in report.parameters.items()}
+        if isinstance(checkpoint, EngineDirectory):
+            report.memory = {"total": report.fields["stored_bytes"]}
+        else:
+            report.memory = {part: n * DTYPE_BYTES[config.dtype] for part, n in report.parameters.items()}
         if config.num_experts:
             report.parameters["active"] = counts.active
     _describe_text(report, folder, checkpoint)
@@ -198,6 +203,18 @@ def _describe_tensors(report: ModelReport, checkpoint: Checkpoint, config: LLaMA
         with torch.device("meta"):
             pieces = dict(MODELS[config.architecture](config).pieces())
         check_tensors(checkpoint, pieces, config)
+    except ValueError as error:
+        report.problem = str(error)
+
+
+def _describe_engine(report: ModelReport, engine: EngineDirectory) -> None:
+    size = sum(engine.stored_bytes(name) for name in engine.names)
+    formats = sorted({engine.description.quantization, *engine.description.weight_formats.values()})
+    report.add("weights", f"{', '.join(formats)}; an engine of {size / 2**20:.1f} MiB", formats)
+    report.add("built from", engine.description.source, engine.description.source)
+    report.fields["stored_bytes"] = size
+    try:
+        model_loader(engine)
     except ValueError as error:
         report.problem = str(error)
 

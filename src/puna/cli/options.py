@@ -47,13 +47,17 @@ class ModelFlags:
             "--model",
             "-m",
             metavar="MODEL",
-            help="A checkpoint's folder, a GGUF file, a Hugging Face hub id (owner/name), or 'demo'.",
+            help="A checkpoint's folder, a GGUF file, an engine directory, a hub id (owner/name), or 'demo'.",
             rich_help_panel=_MODEL,
         ),
     ]
     dtype: Annotated[
         DtypeName | None,
         typer.Option(help="Number type to run in; the checkpoint's if not given.", rich_help_panel=_MODEL),
+    ] = None
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="Format of the weights; as they are stored if not given.", rich_help_panel=_MODEL),
     ] = None
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.", rich_help_panel=_MODEL)] = "cpu"
     threads: Annotated[

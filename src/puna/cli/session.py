@@ -33,14 +33,16 @@ from puna.runtime.machine import peak_memory_bytes, usable_cpus
 class OpenedModel:
     """What is known of a model before its weights are read: enough to refuse a request at once.
 
-    `context_length` is the model's, or the flag's where that is less.
+    `name` is what the user calls it. `context_length` is the model's, or the flag's where that is less.
     """
 
+    name: str
     folder: Path
     config: LLaMAConfig
     generation_config: GenerationConfig
     tokenizer: Tokenizer
     device: torch.device
+    quantization: str | None
     context_length: int
     kv_cache_memory: int | None
     enable_prefix_caching: bool
@@ -53,22 +55,30 @@ class OpenedModel:
         device = usable_device(flags.device)
         checkpoint = open_checkpoint(flags.model)
         set_threads(flags.threads)
-        config = resolved_config(checkpoint, flags.dtype.value if flags.dtype else None)
+        quantization = flags.quantization.value if flags.quantization else None
+        config = resolved_config(checkpoint, flags.dtype.value if flags.dtype else None, quantization)
         asked = engine_flags.max_model_len
         if asked is not None and asked > config.context_length:
             raise ValueError(
                 f"--max-model-len is {asked}, but the model's context is {config.context_length}: ask for at most that"
             )
         return cls(
+            name=flags.model,
             folder=checkpoint.folder,
             config=config,
             generation_config=checkpoint.generation_config,
             tokenizer=Tokenizer.from_pretrained(checkpoint.folder),
             device=device,
+            quantization=quantization,
             context_length=asked or config.context_length,
             kv_cache_memory=cache,
             enable_prefix_caching=not engine_flags.no_prefix_caching,
         )
+
+    @property
+    def title(self) -> str:
+        quantization = "" if self.quantization is None else f", {self.quantization}"
+        return f"{self.name} ({self.config.dtype}{quantization})"
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -103,7 +113,12 @@ class OpenedModel:
         )
         start = time.perf_counter()
         engine = Engine.from_pretrained(
-            str(self.folder), self.config.dtype, self.device, limits, tokenizer=self.tokenizer
+            str(self.folder),
+            self.config.dtype,
+            self.device,
+            limits,
+            quantization=self.quantization,
+            tokenizer=self.tokenizer,
         )
         try:
             yield engine, time.perf_counter() - start
