@@ -33,11 +33,55 @@ constexpr int kDotRows = 2, kDotRowsInRegisters = 2, kDotHalves = 1, kOnePassRow
 #define PUNA_UNROLL(times)
 #endif
 
+// How a block's codes are multiplied. Where there is no instruction for bytes, the plain product needs six operations: codes
+// below 16 do with three and signed ones, in the formats without minimums, with four. All are exact.
+enum class Dots { plain, small, centred };
+#if defined(PUNA_AVX2) && !defined(PUNA_AVXVNNI)
+constexpr Dots dots_for(int bits, bool minimums) {
+  return bits == 4 ? Dots::small : minimums ? Dots::plain : Dots::centred;
+}
+template <Dots kDots>
+struct Codes {
+  Bytes w;
+  PUNA_INLINE explicit Codes(Bytes codes) : w(codes) {}
+  PUNA_INLINE I operator()(I acc, Bytes x) const {
+    if constexpr (kDots == Dots::plain) return dot(acc, w, x);
+    const __m256i ones = _mm256_set1_epi16(1);  // sums of two products fit into 16 bits: 2 * 15 * 127
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, x.a), ones)),
+            _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, x.b), ones))};
+  }
+};
+// |code - 128| times x with the sign of code - 128; 2 * 128 * 127 fits into 16 bits, and x is never -128.
+template <>
+struct Codes<Dots::centred> {
+  Bytes w, magnitude;
+  PUNA_INLINE explicit Codes(Bytes codes) {
+    const __m256i zero_code = _mm256_set1_epi8(-128);
+    w = {_mm256_xor_si256(codes.a, zero_code), _mm256_xor_si256(codes.b, zero_code)};
+    magnitude = {_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)};
+  }
+  PUNA_INLINE I operator()(I acc, Bytes x) const {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i a = _mm256_maddubs_epi16(magnitude.a, _mm256_sign_epi8(x.a, w.a));
+    const __m256i b = _mm256_maddubs_epi16(magnitude.b, _mm256_sign_epi8(x.b, w.b));
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(a, ones)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(b, ones))};
+  }
+};
+#else
+constexpr Dots dots_for(int, bool) { return Dots::plain; }
+template <Dots>
+struct Codes {
+  Bytes w;
+  PUNA_INLINE I operator()(I acc, Bytes x) const { return dot(acc, w, x); }
+};
+#endif
+
 // A block of the weight where it lies.
 template <int kTheBits, int kTheGroups, bool kTheMinimums>
 struct StoredBlocks {
   static constexpr int kBits = kTheBits, kGroups = kTheGroups;
   static constexpr bool kMinimums = kTheMinimums, kPrefetch = true;
+  static constexpr Dots kDots = dots_for(kBits, kMinimums);
   static constexpr std::int64_t kCodesAt = 64 * kGroups * (kMinimums ? 2 : 1), kBytes = kCodesAt + 128 * kBits;
 
   const std::byte* block;
@@ -53,10 +97,11 @@ struct StoredBlocks {
 };
 
 // A block made ready for many rows: codes of 8 bits, scales in float32 [kGroups][32] and minimums likewise behind them.
-template <int kTheGroups, bool kTheMinimums>
+template <int kTheGroups, bool kTheMinimums, Dots kTheDots>
 struct ReadyBlocks {
   static constexpr int kBits = 8, kGroups = kTheGroups;
   static constexpr bool kMinimums = kTheMinimums, kPrefetch = false;
+  static constexpr Dots kDots = kTheDots;
   static constexpr std::int64_t kScales = kPanel * kGroups * (kMinimums ? 2 : 1);
 
   const std::byte* at;
@@ -128,9 +173,10 @@ PUNA_UNROLL(2)
 PUNA_UNROLL(8)
         for (int r = 0; r < kRows; ++r) {
           const std::byte* correction = x + r * x_stride + kRecordCorrection + 4 * group;
-          const I start = broadcast_int(Weight::kMinimums ? 0 : int_at(correction));
+          constexpr bool kCorrects = !Weight::kMinimums && Weight::kDots != Dots::centred;
+          const I from = broadcast_int(kCorrects ? int_at(correction) : 0);
 PUNA_UNROLL(2)
-          for (int h = 0; h < kDotHalves; ++h) dots[r][h] = start;
+          for (int h = 0; h < kDotHalves; ++h) dots[r][h] = from;
         }
 PUNA_UNROLL(8)
         for (int q = group * kGroupQuads; q < (group + 1) * kGroupQuads; ++q) {
@@ -157,7 +203,7 @@ PUNA_UNROLL(8)
           for (int r = 0; r < kRows; ++r) {
             const Bytes quad = broadcast_quad(x + r * x_stride + 4 * q);
 PUNA_UNROLL(2)
-            for (int h = 0; h < kDotHalves; ++h) dots[r][h] = dot(dots[r][h], w[h], quad);
+            for (int h = 0; h < kDotHalves; ++h) dots[r][h] = Codes<Weight::kDots>{w[h]}(dots[r][h], quad);
           }
         }
 PUNA_UNROLL(2)
@@ -246,7 +292,7 @@ template <class Weight, class Output>
 PUNA_INLINE void multiply_panel_in_chunks(const std::byte* panel, std::int64_t blocks, const std::byte* x,
                                           std::int64_t x_stride, int rows, float* sums, std::byte* ready,
                                           const std::byte* following, const Output& output) {
-  using Ready = ReadyBlocks<Weight::kGroups, Weight::kMinimums>;
+  using Ready = ReadyBlocks<Weight::kGroups, Weight::kMinimums, Weight::kDots>;
   constexpr std::int64_t kRecord = Weight::kGroups == 2 ? 48 : 40;
   for (int i = 0; i < rows * kPanel; i += kLanes) store(sums + i, zero());
   auto* scales = reinterpret_cast<float*>(ready);
