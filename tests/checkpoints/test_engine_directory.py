@@ -128,6 +128,13 @@ def test_llm_with_text(make_with_tokenizer: Path, tmp_path: Path) -> None:
     assert output.outputs[0].token_ids == model.generate(ids, max_new_tokens=8)[0, ids.shape[1] :].tolist()
 
 
+def test_an_engine_that_the_kernels_can_not_run_is_refused(make_with_tokenizer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("puna._kernels", reason="without kernels the reference ops run everything")
+    target = build(make_with_tokenizer, tmp_path / "engine", quantization="int8")
+    with pytest.raises(ValueError, match=r"as the compiled kernels want them, but .* multiple of 16, not 8"):
+        LLM(target, block_size=8)
+
+
 @pytest.fixture
 def make_with_tokenizer(make: Make, tmp_path: Path) -> Path:
     import tokenizers

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from puna.checkpoints import Checkpoint, open_checkpoint
+from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint
 from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
 from puna.distributed import NullCommunicator
 from puna.engine.executor import Executor, LocalExecutor
@@ -196,6 +196,11 @@ class Engine:
             self._processors[id(request)] = (processor, listener)
             self._lock.notify_all()
         return request.request_id
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine takes no more requests; None while nothing has gone wrong."""
+        return self._failure
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; its listener gets a last delta. Without effect for one that is unknown or has ended."""
@@ -381,6 +386,11 @@ def _loader(
         for name, value in (("quantization", quantization), ("kv_cache_dtype", engine_config.kv_cache_dtype)):
             if value not in (None, "auto"):
                 raise ValueError(f"{name} is {value!r}, but {refusal}: leave it out")
+        if isinstance(checkpoint, EngineDirectory) and cpu.compiled():
+            raise ValueError(
+                f"{checkpoint.source} has its weights as the compiled kernels want them, but {refusal}: change that, "
+                f"or load {checkpoint.description.source}"
+            )
         if comm.device.type == "cpu":
             _log.warning("%s: everything runs on the reference ops, many times slower", refusal)
         return model_loader(checkpoint, config.dtype, comm=comm)
