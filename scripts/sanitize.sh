@@ -44,4 +44,4 @@ cmake --build "$folder/address" --target _kernels -j 2
 # leave memory behind on purpose. The crash tests start processes of their own, which inherit all of this.
 preload=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)
 LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$package OMP_NUM_THREADS=1 \
-  "$python" -m pytest tests/kernels --ignore tests/kernels/test_vec.py -p no:cacheprovider "$@"
+  "$python" -m pytest tests/kernels --ignore tests/kernels/test_vec.py -p no:cacheprovider -n 2 "$@"

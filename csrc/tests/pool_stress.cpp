@@ -1,5 +1,8 @@
-// pool_stress [RUNS]: the pool under what an engine may do to it, for ThreadSanitizer and for a plain build. Two threads run lists of
-// tasks at once, with barriers, chunks taken, scratch memory and failures, while a third one changes the number of threads.
+// pool_stress [RUNS]: the pool under what an engine may do to it, for ThreadSanitizer and for a plain build. Two threads run
+// lists of tasks at once, with barriers, chunks taken, scratch memory and failures, while a third one changes the number of
+// threads.
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -71,9 +74,13 @@ void call(int runs) {
     // More scratch memory in some runs than in those before: it moves.
     const std::size_t bytes = 64 * sizeof(std::int64_t) + static_cast<std::size_t>(run % 7) * 4096;
     const SumArgs args{values.data(), &total, fails};
-    const Task tasks[] = {Task::of(sum, args, bytes), Task::of(verify, args), Task::of(sum, args, bytes),
-                          Task::of(verify, args)};
-    const Failure failure = Pool::instance().run(tasks, 4);
+    const Task summing = Task::of(sum, args, bytes), verifying = Task::of(verify, args);
+    Task alone = verifying, summing_alone = summing;
+    alone.serial = summing_alone.serial = true;
+    // Tasks that one thread does alone between others, several in a row, and as the last one.
+    const Task tasks[] = {summing, verifying, alone, summing, alone, alone, summing_alone, verifying, summing, alone};
+    const Failure failure = Pool::instance().run(tasks, run % 3 == 0 ? 10 : 8);
+    expect(Pool::instance().run(&alone, 1) == Failure::none, "a failure stays");
     expect(failure == (fails ? Failure::block_out_of_range : Failure::none), "the failure is wrong");
     if (run % 50 == 49) std::this_thread::sleep_for(std::chrono::milliseconds(1));  // the threads go to sleep
   }
