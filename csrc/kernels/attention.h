@@ -1,14 +1,14 @@
 // Attention of query rows over the paged cache, whose order kv_cache.h has.
 //
 // A query row is one head of one token. What is computed for it depends on its own position p and the cache alone: the
-// keys p - window < position <= p in spans of 64 and partitions of 512, both cut at absolute positions, in order. Within a
-// partition a running softmax (Milakov and Gimelshein, 2018) rescales its sums at most once a span; the partitions' sums
-// are merged in order, whether one thread went through all of them or several shared them. Positions that a row does not
-// see are not multiplied by zero but left out, so nothing that lies there reaches it: not even NaN.
+// keys p - window < position <= p in spans of 64 and partitions of 512, both cut at absolute positions, in order.
+// Within a partition a running softmax (Milakov and Gimelshein, 2018) rescales its sums at most once a span; the
+// partitions' sums are merged in order, whether one thread went through all of them or several shared them. Positions
+// that a row does not see are not multiplied by zero but left out, so nothing that lies there reaches it: not even NaN.
 //
 // The rows of a task are those of one key/value head: all the query heads that share it, times neighbouring tokens, so
-// that keys and values are loaded once for many rows. A decode step is the case of one token; there is no other code for
-// it.
+// that keys and values are loaded once for many rows. A decode step is the case of one token; there is no other code
+// for it.
 #pragma once
 
 #include "../vec.h"
@@ -20,8 +20,8 @@
 
 namespace puna::PUNA_LEVEL {
 
-// A span of keys and values of 64 x 64 float32 numbers, the sums and queries of 64 rows: 80 KB, which L2 holds, and what
-// is loaded from there is used for 8 rows at a time.
+// A span of keys and values of 64 x 64 float32 numbers, the sums and queries of 64 rows: 80 KB, which L2 holds, and
+// what is loaded from there is used for 8 rows at a time.
 constexpr int kRowsPerTask = 64;
 // From how many rows on widening a span first is less work than widening it for every tile.
 constexpr int kStagedRows = 16;
@@ -169,10 +169,12 @@ struct RowTask {
     std::int64_t d = 0;
     if constexpr (kMost >= 4)
       for (; d + 4 * kLanes <= whole; d += 4 * kLanes)
-        Form::template add_values<kRows, 4, false, kAhead>(scores, bytes, scales, span, ahead, seen, d, size, to, padded);
+        Form::template add_values<kRows, 4, false, kAhead>(scores, bytes, scales, span, ahead, seen, d, size, to,
+                                                             padded);
     if constexpr (kMost >= 2)
       for (; d + 2 * kLanes <= whole; d += 2 * kLanes)
-        Form::template add_values<kRows, 2, false, kAhead>(scores, bytes, scales, span, ahead, seen, d, size, to, padded);
+        Form::template add_values<kRows, 2, false, kAhead>(scores, bytes, scales, span, ahead, seen, d, size, to,
+                                                             padded);
     for (; d < whole; d += kLanes)
       Form::template add_values<kRows, 1, false, kAhead>(scores, bytes, scales, span, ahead, seen, d, size, to, padded);
     if (d < size)
@@ -181,7 +183,8 @@ struct RowTask {
 
   // The scores of one row become weights, and its sums are rescaled to them.
   template <class Form>
-  PUNA_INLINE void weigh(std::int64_t r, const Span& span, Visible seen, float* scores, std::byte* bytes, float* scale) {
+  PUNA_INLINE void weigh(std::int64_t r, const Span& span, Visible seen, float* scores, std::byte* bytes,
+                         float* scale) {
     F powers[kSpanStrips];
     const bool cut = seen.begin > 0 || seen.end < kSpan;
     for (int s = 0; s < kSpanStrips; ++s) powers[s] = Form::scaled(load(scores + s * kStrip), queries, r, span, s);
@@ -224,15 +227,19 @@ struct RowTask {
         weigh<Form>(row + r, span, seen[r], scores + r * kSpan, bytes + r * 2 * kSpan, scales + r);
     if (same) return value_rows<Form, kRows, kAhead>(row, span, ahead, seen[0], scores, bytes, scales);
     // Values only for the positions that a row sees: rows that see the same ones go together.
+    const auto add = [&]<int kTogether>(int r) {
+      value_rows<Form, kTogether, false>(row + r, span, ahead, seen[r], scores + r * kSpan, bytes + r * 2 * kSpan,
+                                         scales + r);
+    };
     for (int r = 0; r < kRows;) {
       int end_row = r + 1;
       while (end_row < kRows && seen[end_row].begin == seen[r].begin && seen[end_row].end == seen[r].end) ++end_row;
       if (seen[r].begin >= seen[r].end) r = end_row;
       if constexpr (kRows > 4)
         for (; r + 4 <= end_row; r += 4)
-          value_rows<Form, 4, false>(row + r, span, ahead, seen[r], scores + r * kSpan, bytes + r * 2 * kSpan, scales + r);
+          add.template operator()<4>(r);
       for (; r < end_row; ++r)
-        value_rows<Form, 1, false>(row + r, span, ahead, seen[r], scores + r * kSpan, bytes + r * 2 * kSpan, scales + r);
+        add.template operator()<1>(r);
     }
   }
 
@@ -257,8 +264,9 @@ struct RowTask {
     }
   }
 
-  // Goes through the keys from position `from` to position `to`, as far as any row sees them. The sums of each partition
-  // go into `all`, or where `partials` is given, into the rows' places there, of which partition 0 has the first.
+  // Goes through the keys from position `from` to position `to`, as far as any row sees them. The sums of each
+  // partition go into `all`, or where `partials` is given, into the rows' places there, of which partition 0 has the
+  // first.
   void attend(std::int64_t from, std::int64_t to, float* partials) {
     const std::int64_t begin = begins[0] > from ? begins[0] : from;  // positions rise with the rows
     const std::int64_t end = ends[rows - 1] < to ? ends[rows - 1] : to;
@@ -320,8 +328,8 @@ struct RowTask {
 };
 
 // The tasks of a call in their order, which all threads find alike: first those of sequences with several query tokens,
-// in each the last tokens first, as they see most; then those of single tokens, where a sequence may have a task for each
-// partition of its keys.
+// in each the last tokens first, as they see most; then those of single tokens, where a sequence may have a task for
+// each partition of its keys.
 struct AttentionTasks {
   const PagedAttentionArgs& args;
   std::int64_t group, partitions;
@@ -356,7 +364,9 @@ struct AttentionTasks {
     if (!may_split || tokens(b) != 1 || length(b) < 1 || length(b) > args.table_width * args.cache.block_size) return 1;
     return (length(b) + kAttentionPartition - 1) / kAttentionPartition - first_partition(b);
   }
-  std::int64_t tasks_of_head(std::int64_t b) const { return (parts(b) + partitions_per_task - 1) / partitions_per_task; }
+  std::int64_t tasks_of_head(std::int64_t b) const {
+    return (parts(b) + partitions_per_task - 1) / partitions_per_task;
+  }
   std::int64_t row_blocks(std::int64_t b) const { return (tokens(b) * group + kRowsPerTask - 1) / kRowsPerTask; }
   // Tasks of run 0 .. 2 B - 1: the sequences with several tokens, then those with one.
   std::int64_t tasks_of_run(std::int64_t run) const {

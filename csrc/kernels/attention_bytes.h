@@ -1,8 +1,8 @@
 // Attention over a cache of int8: everything in integers but the scales.
 //
-// Queries are rounded to 15 bits with a scale for each row, weights (times the values' scales) to 16 bits with a scale for
-// each row and span. Both are kept as two bytes, so that a product takes two byte dot products, which do four times as
-// many products an instruction as fma. What that rounds is a hundredth of the rounding of the cache's codes.
+// Queries are rounded to 15 bits with a scale for each row, weights (times the values' scales) to 16 bits with a scale
+// for each row and span. Both are kept as two bytes, so that a product takes two byte dot products, which do four times
+// as many products an instruction as fma. What that rounds is a hundredth of the rounding of the cache's codes.
 #pragma once
 
 #include "attention_sums.h"
@@ -52,8 +52,8 @@ struct BytePath {
   }
 
   template <int kRows, int kStrips, bool kAhead>
-  PUNA_INLINE static void score(const Queries& queries, std::int64_t row, const Span& span, const Span& ahead, int strip,
-                                std::int64_t size, float* scores) {
+  PUNA_INLINE static void score(const Queries& queries, std::int64_t row, const Span& span, const Span& ahead,
+                                int strip, std::int64_t size, float* scores) {
     I high[kRows][kStrips], low[kRows][kStrips];
     const std::byte* query = queries.rows + row * queries.stride;
     for (int r = 0; r < kRows; ++r) {

@@ -92,8 +92,8 @@ struct FloatPath {
 
   // Dot products of kRows query rows with the keys of kStrips strips, into scores [kRows][kSpan].
   template <int kRows, int kStrips, bool kAhead>
-  PUNA_INLINE static void score(const Queries& queries, std::int64_t row, const Span& span, const Span& ahead, int strip,
-                                std::int64_t size, float* scores) {
+  PUNA_INLINE static void score(const Queries& queries, std::int64_t row, const Span& span, const Span& ahead,
+                                int strip, std::int64_t size, float* scores) {
     constexpr int kBytes = 2 * kStrip * static_cast<int>(kDtype == Dtype::f32 ? 4 : 2);
     F sums[kRows][kStrips];
     for (auto& of_row : sums)

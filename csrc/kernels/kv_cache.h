@@ -1,7 +1,8 @@
 // The order of keys and values inside a block of the paged cache, and store_kv, which writes it.
 //
-// A block holds, for each key/value head, one chunk of block_size positions: strips of 16 positions, one after another. D is
-// the head size, d runs over its numbers, n over the 16 positions of a strip, so that 16 keys lie in the lanes of a vector:
+// A block holds, for each key/value head, one chunk of block_size positions: strips of 16 positions, one after another.
+// D is the head size, d runs over its numbers, n over the 16 positions of a strip, so that 16 keys lie in the lanes of
+// a vector:
 //
 //   dtype   keys of a strip                              values of a strip
 //   f32     [D][16 n]                                    [16 n][D]
@@ -10,9 +11,10 @@
 //   int8    [D / 4][16 n][4 d], then [16 n][2 d] where   [4 quads of n][D][4 n]
 //           D is not a multiple of 4
 //
-// int8: value = scale * code with one float32 scale for each position; the codes of keys are stored unsigned, with 128 added
-// (the dot product of bytes wants one unsigned operand), those of values are signed. The block_size scales follow the codes of
-// all strips, so a chunk is block_size * (D + 4) bytes. A number that is not finite makes the scale of its position NaN.
+// int8: value = scale * code with one float32 scale for each position; the codes of keys are stored unsigned, with 128
+// added (the dot product of bytes wants one unsigned operand), those of values are signed. The block_size scales follow
+// the codes of all strips, so a chunk is block_size * (D + 4) bytes. A number that is not finite makes the scale of its
+// position NaN.
 #pragma once
 
 #include "../vec.h"
@@ -114,7 +116,8 @@ inline void store_head(const StoreKvArgs& args, std::int64_t key_at, std::int64_
   }
   convert_head(args.value, value_at, size, args.dtype, row, args.cache.dtype);
   if (args.cache.dtype == Dtype::bf16) {
-    store_value_row<2>(reinterpret_cast<std::uint16_t*>(values + strip), reinterpret_cast<std::uint16_t*>(row), n, size);
+    store_value_row<2>(reinterpret_cast<std::uint16_t*>(values + strip), reinterpret_cast<std::uint16_t*>(row), n,
+                       size);
   } else {
     const std::int64_t bytes = size * element_bytes(args.cache.dtype);
     std::memcpy(values + strip + n * bytes, row, static_cast<std::size_t>(bytes));
@@ -133,7 +136,8 @@ inline void store_kv(const StoreKvArgs& args, Worker& worker) {
       continue;
     }
     const std::int64_t at_chunk = (slot / cache.block_size * heads + head) * chunk;
-    store_head(args, token * args.key_stride + head * cache.head_size, token * args.value_stride + head * cache.head_size,
+    const std::int64_t at_head = head * cache.head_size;
+    store_head(args, token * args.key_stride + at_head, token * args.value_stride + at_head,
                static_cast<std::byte*>(cache.keys) + at_chunk, static_cast<std::byte*>(cache.values) + at_chunk,
                slot % cache.block_size);
   }

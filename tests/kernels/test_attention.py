@@ -1,4 +1,4 @@
-"""store_kv against the description of the cache's layout; paged_attention against float64 and, in bits, against itself."""
+"""store_kv against the described layout; paged_attention against float64 and, in bits, against itself."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class Sequences:
-    """Sequences whose keys and values are in a cache, in blocks in random order, and a query for every token of theirs."""
+    """Sequences whose keys and values are in a cache, in blocks in random order, with a query for every token."""
 
     cache: Cache
     lengths: list[int]
@@ -379,7 +379,7 @@ def test_nothing_comes_from_positions_that_a_query_does_not_see(
         assert all(map(same, sequences.attend(kernels, rows), whole))
         sequences.cache.store(kernels, nothing[:67], nothing[:67], slots[:67])
         assert all(map(same, sequences.attend(kernels, rows[1:], 30), windowed))
-        # Row by row what the neighbours in a tile see is hidden, too: 104 .. 120 are seen by later rows of rows[2] only.
+        # What the neighbours in a tile see is hidden from a row, too: 104 .. 120 are for later rows of rows[2] only.
         sequences.cache.store(kernels, nothing[104:121], nothing[104:121], slots[104:121])
         _, chunk, early = sequences.attend(kernels, rows[1:], 30)
         assert same(chunk[:8], windowed[1][:8])
