@@ -1,5 +1,5 @@
-// Every wrapper of vec.h over the inputs, at one level: CMakeLists.txt compiles this once for each. As in kernels, nothing of
-// the standard library here but plain functions.
+// Every wrapper of vec.h over the inputs, at one level: CMakeLists.txt compiles this once for each. As in kernels, nothing
+// of the standard library here but plain functions.
 #include "vec_level.h"
 
 #include "../vec.h"
@@ -52,6 +52,7 @@ void check_arithmetic(const VecInputs& in, float* room) {
   PUNA_CHECK_VECTORS("fma", fma(x, y, z));
   PUNA_CHECK_VECTORS("max", max(x, y));
   PUNA_CHECK_VECTORS("min", min(x, y));
+  PUNA_CHECK_VECTORS("where_greater", where_greater(x, y, z, x));
   PUNA_CHECK_VECTORS("abs", abs(x));
   PUNA_CHECK_VECTORS("sqrt", sqrt(x));
   PUNA_CHECK_VECTORS("round", round(x));
@@ -108,6 +109,7 @@ void check_integers(const VecInputs& in, float* room) {
   PUNA_CHECK_INTEGERS("bits_of", bits_of(load(in.x + i)));
   PUNA_CHECK_INTEGERS("add_int", small(in.x + i) + small(in.y + i));
   PUNA_CHECK_INTEGERS("max_int", max(x, y));
+  PUNA_CHECK_INTEGERS("shift_left", shift_left<5>(x));
   PUNA_CHECK_INTEGERS("broadcast_int", broadcast_int(integers(in.x)[i]));
   auto* out = reinterpret_cast<std::int32_t*>(room);
   const std::int64_t vectors = in.count / kLanes;
@@ -133,7 +135,7 @@ void check_bytes(const VecInputs& in, float* room) {
   PUNA_CHECK_BYTES("first_of_pairs", F, first_of_pairs(load_pairs(x_at)));
   PUNA_CHECK_BYTES("second_of_pairs", F, second_of_pairs(load_pairs(x_at)));
   PUNA_CHECK_BYTES("broadcast_pair", F, first_of_pairs(broadcast_pair(x_at)));
-  PUNA_CHECK_BYTES("dot_pairs", F, dot(load(static_cast<const float*>(z_at)), load_pairs(in.x + i), load_pairs(in.y + i)));
+  PUNA_CHECK_BYTES("dot_pairs", F, dot(load(in.z + i), load_pairs(in.x + i), load_pairs(in.y + i)));
 }
 
 // The first n lanes of each vector, n going round; what must stay untouched was zero before.

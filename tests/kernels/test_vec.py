@@ -149,6 +149,7 @@ ARITHMETIC: Final[dict[str, Callable[[Array, Array, Array], Array]]] = {
     "divide": lambda x, y, z: x / y,
     "max": lambda x, y, z: np.where(x > y, x, y),
     "min": lambda x, y, z: np.where(x < y, x, y),
+    "where_greater": lambda x, y, z: np.where(x > y, z, x),
     "abs": lambda x, y, z: np.abs(x),
     "sqrt": lambda x, y, z: np.sqrt(x),
     "round": lambda x, y, z: np.rint(x),
@@ -249,6 +250,7 @@ def test_integers(results: Outputs, inputs: Array) -> None:
     assert np.array_equal(integers(results, "bits_of"), x)
     assert np.array_equal(integers(results, "add_int"), small_x + small_y)
     assert np.array_equal(integers(results, "max_int"), np.maximum(x, y))
+    assert np.array_equal(integers(results, "shift_left"), (x.view(np.uint32) << 5).view(np.int32))
     assert np.array_equal(integers(results, "broadcast_int"), np.repeat(x[::16], 16))
     assert np.array_equal(integers(results, "sum_int"), small_x.reshape(-1, 16).sum(axis=1, dtype=np.int32))
     assert np.array_equal(integers(results, "maximum_int"), x.reshape(-1, 16).max(axis=1))
