@@ -9,8 +9,11 @@ import copy
 from typing import Any, Final, Protocol
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from puna.ops import OP_NAMES, CompiledBackend, OpSpec
 
 pytest.importorskip("puna._kernels", reason="the compiled module is not built here")
 
@@ -204,6 +207,11 @@ fuzzed = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 each_function = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+def test_every_op_is_here() -> None:
+    spec = OpSpec(device=torch.device("cpu"), dtype=torch.float32, head_size=64, differentiable=False)
+    assert {op for op in OP_NAMES if callable(CompiledBackend().function(op, spec))} == set(FUNCTIONS)
 
 
 @each_function

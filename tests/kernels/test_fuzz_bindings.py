@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol
 
 import pytest
 
-pytest.importorskip("puna._kernels", reason="the compiled module is not built here")
+kernels = pytest.importorskip("puna._kernels", reason="the compiled module is not built here")
 
 Call = dict[str, Any]
 
@@ -72,7 +72,13 @@ RIGHT: Final[dict[str, dict[str, Any]]] = {
     "probe": {"kind": 0, "memory": MEMORY, "bytes": 4096, "iterations": 3, "operations": MEMORY},
     "set_threads": {"count": 2},
     "set_level": {"level": "portable"},
+    "set_bf16_dots": {"uses": False},
 }  # fmt: skip
+
+# Without arguments, or (experts) with addresses of addresses: test_fuzz.py calls it through puna.ops.cpu.
+ELSEWHERE: Final = frozenset(
+    ["cpu_features", "supported_levels", "level", "threads", "bf16_dots", "experts", "Recording"]
+)
 
 NO_NUMBER: Final = ("?", None, 0.5, [], -(2**63) - 1, 2**64)
 # Numbers that name one of a few things.
@@ -103,6 +109,11 @@ def wrong_values(name: str, value: Any) -> list[Any]:
     if name in ANY_INTEGER:
         return [*NO_NUMBER, *([] if name == "minimums" else [-1])]
     return [*NO_NUMBER, -1, -(2**31), -(2**63), *([99, 5] if name in CHOICES else [2**31, 2**62])]
+
+
+def test_every_function_is_here() -> None:
+    public = {name for name in dir(kernels) if not name.startswith("_")}
+    assert public == RIGHT.keys() | ELSEWHERE
 
 
 @pytest.mark.parametrize("function", RIGHT)
