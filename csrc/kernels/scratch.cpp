@@ -19,8 +19,8 @@ std::int64_t attention_partitions(const PagedAttentionArgs& args) {
   return (args.table_width * args.cache.block_size + kAttentionPartition - 1) / kAttentionPartition;
 }
 
-// The sums of each partition for each head of a single token, where so few tokens are possible that threads would be idle
-// otherwise: see attention.h.
+// The sums of each partition for each head of a single token, where so few tokens are possible that threads would be
+// idle otherwise: see attention.h.
 std::size_t paged_attention_scratch(const PagedAttentionArgs& args) {
   constexpr std::int64_t kEnoughTasks = 64;
   const std::int64_t partitions = attention_partitions(args);
