@@ -13,13 +13,17 @@ PYTEST_ARGS ?= -n 2
 PEERS := .venv-peers
 BENCH_ARGS ?=
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test sanitize lint format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/puna generate --model demo --echo --seed 1 --stats "Once upon a time"
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The kernels' tests under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer.
+sanitize: $(INSTALLED)
+	scripts/sanitize.sh
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
