@@ -11,7 +11,8 @@ constexpr std::int64_t kBlock = 32;  // inputs
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// fp16 from and to float32 in integer arithmetic: the baseline processor has no instruction for it. To nearest, ties to even.
+// fp16 from and to float32 in integer arithmetic: the baseline processor has no instruction for it. To nearest, ties to
+// even.
 std::uint16_t to_half(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -85,7 +86,8 @@ template <bool kPairs, bool kPack, class Rows, class Panels>
 void copy_dense(std::int64_t inputs, Rows* weight, std::int64_t stride, std::int64_t first_row, std::int64_t rows,
                 Panels* panels) {
   const std::int64_t padded = kPairs ? inputs + inputs % 2 : inputs;
-  // Rows of one panel together, over a stretch of inputs: whole cache lines of the panel are written while they are near.
+  // Rows of one panel together, over a stretch of inputs: whole cache lines of the panel are written while they are
+  // near.
   constexpr std::int64_t kStretch = 64;
   for (std::int64_t begin = first_row; begin < first_row + rows;) {
     const std::int64_t end = std::min(first_row + rows, (begin / kPanel + 1) * kPanel);

@@ -1,10 +1,12 @@
-// Linear layers over weights of 8 or 4 bits in groups: integer dot products of a block's codes with quantised activations,
-// scaled and summed in float32.
+// Linear layers over weights of 8 or 4 bits in groups: integer dot products of a block's codes with quantised
+// activations, scaled and summed in float32.
 //
 // Every output is one chain: from 0, over the blocks of 32 inputs in order and the groups in each,
-//   sum = fma(float(dot), weight_scale * x_scale, sum), and with minimums then sum = fma(minimum, x_scale * x_sum, sum),
-// where dot is the exact integer sum of (code - zero) * x, or of code * x with minimums. The tiles below differ in which rows and
-// outputs they hold, and where, but not in this, so that an output's bits depend on nothing but its row and its weights.
+//   sum = fma(float(dot), weight_scale * x_scale, sum), and then with minimums
+//   sum = fma(minimum, x_scale * x_sum, sum),
+// where dot is the exact integer sum of (code - zero) * x, or of code * x with minimums. The tiles below differ in
+// which rows and outputs they hold, and where, but not in this, so that an output's bits depend on nothing but its row
+// and its weights.
 #pragma once
 
 #include "../vec.h"
@@ -14,9 +16,12 @@
 
 namespace puna::PUNA_LEVEL {
 
-// Rows of a tile, of which up to kDotRowsInRegisters keep their float sums in registers, the others in the first-level cache;
-// halves of the panel that a tile holds at a time; rows that are multiplied in one pass over the weight, by one tile. (At 7 and
-// 8 rows one pass reads int4 15 % faster than chunks made ready do, though it unpacks the codes between the products.)
+// Rows of a tile, of which up to kDotRowsInRegisters keep their float sums in registers, the others in the first-level
+// cache; halves of the panel that a tile holds at a time; rows that are multiplied in one pass over the weight, by one
+// tile. (At 7 and 8 rows one pass reads int4 15 % faster than chunks made ready do, though it unpacks the codes between
+// the products.) At avx512 a tile of six rows reaches 73 % of the peak of vpdpbusd on Sapphire Rapids, which is all
+// there is: the two ports that do eight of these for a block also have one conversion, product and fused multiply-add
+// to do for them.
 #if defined(PUNA_AVX512)
 constexpr int kDotRows = 6, kDotRowsInRegisters = 6, kDotHalves = 2, kOnePassRows = 8;
 #elif defined(PUNA_AVX2)
@@ -33,8 +38,8 @@ constexpr int kDotRows = 2, kDotRowsInRegisters = 2, kDotHalves = 1, kOnePassRow
 #define PUNA_UNROLL(times)
 #endif
 
-// How a block's codes are multiplied. Where there is no instruction for bytes, the plain product needs six operations: codes
-// below 16 do with three and signed ones, in the formats without minimums, with four. All are exact.
+// How a block's codes are multiplied. Where there is no instruction for bytes, the plain product needs six operations:
+// codes below 16 do with three and signed ones, in the formats without minimums, with four. All are exact.
 enum class Dots { plain, small, centred };
 #if defined(PUNA_AVX2) && !defined(PUNA_AVXVNNI)
 constexpr Dots dots_for(int bits, bool minimums) {
@@ -131,16 +136,17 @@ PUNA_INLINE std::int32_t int_at(const std::byte* p) {
   return value;
 }
 
-// How many bytes ahead of its use a weight is asked for: first for the second-level cache, which has more requests under way
-// than the first (48 and 16 on Sapphire Rapids), then for the first. Of a plain read's speed, one thread, one row, reaches
-// with both 100 % at 8 bits and 95 % at 4; with the near one alone 96 and 83, with the far one alone 90 at 4, with none 67.
+// How many bytes ahead of its use a weight is asked for: first for the second-level cache, which has more requests
+// under way than the first (48 and 16 on Sapphire Rapids), then for the first. Of a plain read's speed, one thread, one
+// row, reaches with both 100 % at 8 bits and 95 % at 4; with the near one alone 96 and 83, with the far one alone 90 at
+// 4, with none 67.
 constexpr std::int64_t kPrefetchFar = 8192, kPrefetchNear = 2304;
 
-// sums[row][0 .. 31] continues over `blocks` blocks, for kRows rows of records, `x_stride` bytes apart. `following` is what
-// will be read after these blocks.
+// sums[row][0 .. 31] continues over `blocks` blocks, for kRows rows of records, `x_stride` bytes apart. `following` is
+// what will be read after these blocks.
 template <int kRows, class Weight>
-__attribute__((noinline)) void multiply_tile(Weight weight, std::int64_t blocks, const std::byte* x, std::int64_t x_stride,
-                                             float* sums, const std::byte* following) {
+__attribute__((noinline)) void multiply_tile(Weight weight, std::int64_t blocks, const std::byte* x,
+                                             std::int64_t x_stride, float* sums, const std::byte* following) {
   constexpr bool kInRegisters = kRows <= kDotRowsInRegisters;
   constexpr int kGroups = Weight::kGroups, kGroupQuads = 8 / kGroups;
   constexpr std::int64_t kRecord = kGroups == 2 ? 48 : 40;
@@ -262,8 +268,8 @@ PUNA_INLINE void multiply_panel(const std::byte* panel, std::int64_t blocks, con
   multiply_rows<kOnePassRows>(rows, Weight{panel}, blocks, x, x_stride, sums, following);
 }
 
-// Outputs of one panel are stored tile by tile, as soon as their sums are complete: a store waits for its line to come from
-// memory, which costs nothing while tiles are multiplied (5 to 15 % when all were stored at the end).
+// Outputs of one panel are stored tile by tile, as soon as their sums are complete: a store waits for its line to come
+// from memory, which costs nothing while tiles are multiplied (5 to 15 % when all were stored at the end).
 struct PanelOutput {
   const LinearArgs& a;
   const float* sums;
@@ -302,7 +308,8 @@ PUNA_INLINE void multiply_panel_in_chunks(const std::byte* panel, std::int64_t b
     const std::int64_t count = blocks - begin < kChunkBlocks ? blocks - begin : kChunkBlocks;
     Weight weight{panel + begin * Weight::kBytes};
     const std::byte* chunk_end = weight.block + count * Weight::kBytes;
-    Ready chunk{Weight::kBits == 8 ? weight.codes() : codes, Weight::kBits == 8 ? Weight::kBytes : 1024, scales, nullptr, 0};
+    constexpr bool kInPlace = Weight::kBits == 8;
+    Ready chunk{kInPlace ? weight.codes() : codes, kInPlace ? Weight::kBytes : 1024, scales, nullptr, 0};
     for (std::int64_t b = 0; b < count; ++b, weight.next()) {
       float* to = scales + b * Ready::kScales;
       for (int i = 0; i < Ready::kScales; i += kLanes)
@@ -318,8 +325,8 @@ PUNA_INLINE void multiply_panel_in_chunks(const std::byte* panel, std::int64_t b
         }
       }
     }
-    // While the tiles use this chunk, they ask for the next one, each for its part: a few lines at each block, as more at
-    // a time than there may be requests under way would have to wait for each other, and the tile with them.
+    // While the tiles use this chunk, they ask for the next one, each for its part: a few lines at each block, as more
+    // at a time than there may be requests under way would have to wait for each other, and the tile with them.
     const bool is_last = begin + kChunkBlocks >= blocks;
     const std::byte* next = is_last ? following : chunk_end;
     const std::int64_t lines = kChunkBlocks * Weight::kBytes / 64, steps = tiles * count;

@@ -1,5 +1,5 @@
-// Activations to int8: per row and group of 32 inputs one record, 32 signed bytes, their scale, and the corrections that the
-// weight's format asks for.
+// Activations to int8: per row and group of 32 inputs one record, 32 signed bytes, their scale, and the corrections
+// that the weight's format asks for.
 #pragma once
 
 #include "../vec.h"
@@ -9,15 +9,17 @@ namespace puna::PUNA_LEVEL {
 
 constexpr int kBlock = 32;  // inputs that share a record, and a block of the weight
 
-// A record: int8 [32], float scale, then by group of the weight's block a correction: int32 -zero * sum(int8) where codes count
-// from `zero`, float scale * sum(int8) where there are minimums. 40 bytes, so that the rows of a batch, which are read side by
-// side, do not fall on the same sets of the cache where E is a power of two; 48 with two groups.
+// A record: int8 [32], float scale, then by group of the weight's block a correction: int32 -zero * sum(int8) where
+// codes count from `zero`, float scale * sum(int8) where there are minimums. 40 bytes, so that the rows of a batch,
+// which are read side by side, do not fall on the same sets of the cache where E is a power of two; 48 with two groups.
 constexpr int kRecordScale = 32, kRecordCorrection = 36;
 constexpr std::int64_t record_bytes(const PanelFormat& format) { return format.groups == 2 ? 48 : 40; }
 
-// Quantises the records begin .. end - 1 of a row: scale = amax / 127, int8 = x * (127 / amax) to the nearest, ties to even.
-// Inputs past the last are zeros. A group with an infinity or a NaN gets the scale NaN, which all its products then are.
-inline void quantize_blocks(const LinearArgs& a, std::int64_t row, std::int64_t begin, std::int64_t end, std::byte* out) {
+// Quantises the records begin .. end - 1 of a row: scale = amax / 127, int8 = x * (127 / amax) to the nearest, ties to
+// even. Inputs past the last are zeros. A group with an infinity or a NaN gets the scale NaN, which all its products
+// then are.
+inline void quantize_blocks(const LinearArgs& a, std::int64_t row, std::int64_t begin, std::int64_t end,
+                            std::byte* out) {
   const PanelFormat& format = a.format;
   const std::int64_t step = record_bytes(format);
   const std::int32_t zero_code = format.bits == 8 ? 128 : 8;
