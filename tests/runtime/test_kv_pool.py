@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
+import torch
 
 from puna.config import LLaMAConfig
 from puna.distributed import NullCommunicator
@@ -40,3 +42,16 @@ def test_copies_are_of_one_windows_layers() -> None:
     pool.copy_blocks([BlockCopy(1, 1, 2), BlockCopy(0, 1, 5), BlockCopy(0, 5, 1), BlockCopy(1, 2, 0)])
     for caches in (pool.key_caches, pool.value_caches):
         assert [cache[:, 0, 0, 0].tolist() for cache in caches] == [[0, 5, 2, 3, 4, 1], [2, 1, 1]] * 2
+
+
+def test_blocks_that_nobody_uses_take_no_memory() -> None:
+    before = psutil.Process().memory_info().rss
+    pool = KVPool(CONFIG, NullCommunicator(), (300_000, 3), 16)
+    size = sum(cache.numel() * cache.element_size() for cache in (*pool.key_caches, *pool.value_caches))
+    assert size > 500 * 2**20
+    assert psutil.Process().memory_info().rss - before < 50 * 2**20
+    for cache in (*pool.key_caches, *pool.value_caches):
+        assert cache.data_ptr() % 64 == 0
+        assert torch.equal(cache[-2:], torch.zeros_like(cache[-2:]))
+        cache[-1] = 1
+        assert (cache[-1] == 1).all()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from puna.config import CacheDtype, LLaMAConfig
 from puna.distributed import Communicator
@@ -45,7 +48,7 @@ class KVPool:
         stored = torch.int8 if dtype == "int8" else torch_dtype(config.dtype if dtype == "auto" else dtype)
         shapes = [(num_blocks[i], kv_heads, block_size, width) for i in self._window_ids]
         self.key_caches, self.value_caches = (
-            [torch.zeros(shape, dtype=stored, device=comm.device) for shape in shapes] for _ in range(2)
+            [_zeros(shape, stored, comm.device) for shape in shapes] for _ in range(2)
         )
 
     def params(self) -> KeyValueCacheParams:
@@ -61,6 +64,17 @@ class KVPool:
                 for cache, its_window in zip(caches, self._window_ids, strict=True):
                     if its_window == window_idx:
                         cache[targets] = cache[sources]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the CPU these are pages that come into being when they are first touched.
+
+    To fill 4 GiB with zeros takes two seconds of a start, and blocks that no sequence ever uses would be memory in use.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def available_memory(device: torch.device) -> int:
