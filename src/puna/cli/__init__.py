@@ -20,6 +20,7 @@ from puna.cli.errors import exit_code_of, one_line_warnings
 from puna.cli.evaluate import eval_app
 from puna.cli.generate import generate
 from puna.cli.info import info
+from puna.cli.serve import serve
 from puna.cli.train import train
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command()(info)
 app.command()(build)
 app.command()(bench)

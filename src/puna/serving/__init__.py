@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: requests and answers, streams, keys, metrics. Needs the extra `serve`."""

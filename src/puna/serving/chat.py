@@ -1,0 +1,136 @@
+"""/v1/chat/completions: a conversation in, answers out, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from puna.engine.engine import Engine
+from puna.engine.outputs import CompletionOutput
+from puna.serving.completions import ending, usage
+from puna.serving.errors import bad_request
+from puna.serving.generation import Generation
+from puna.serving.logprobs import chat_logprobs, prompt_logprobs
+from puna.serving.protocol import ChatRequest, Message
+from puna.serving.sampling import sampling_params
+from puna.serving.state import ServerState
+
+
+class Chat:
+    """One request from its fields to its answer. `start` first; then either `answer` or `chunks`."""
+
+    def __init__(self, state: ServerState, request: ChatRequest, answer_id: str) -> None:
+        self._state = state
+        self._request = request
+        self._tokenizer = state.ready_engine().parts.tokenizer
+        self._id = f"chatcmpl-{answer_id}"
+        self._created = int(time.time())
+
+    async def start(self) -> Generation:
+        """Raises ApiError for a request that can't be run."""
+        request, engine = self._request, self._state.ready_engine()
+        self._state.check_model(request.model)
+        token_ids = await encode_conversation(
+            engine,
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            variables=request.chat_template_kwargs,
+        )
+        params = sampling_params(
+            request,
+            engine.parts.generation_config,
+            n=request.n or 1,
+            max_tokens=request.max_completion_tokens or request.max_tokens,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        )
+        return await Generation(self._state, [token_ids], params, request).start()
+
+    async def answer(self, generation: Generation) -> dict[str, Any]:
+        request = self._request
+        async with generation:
+            (output,) = await generation.finish()
+        found = self._head("chat.completion") | {
+            "choices": [self._whole_choice(completion) for completion in output.outputs],
+            "usage": usage([output]),
+        }
+        if request.prompt_logprobs is not None:
+            found["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [])
+        if request.return_token_ids:
+            found["prompt_token_ids"] = output.prompt_token_ids
+        return found
+
+    async def chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
+        request = self._request
+        include_usage = request.stream_options is not None and request.stream_options.include_usage
+        head = self._head("chat.completion.chunk") | ({"usage": None} if include_usage else {})
+        async with generation:
+            (output,) = generation.outputs
+            for completion in output.outputs:
+                first = head | {"choices": [self._chunk_choice(completion.index, {"role": "assistant", "content": ""})]}
+                if request.return_token_ids and completion.index == 0:
+                    first["prompt_token_ids"] = output.prompt_token_ids
+                yield first
+            async for part in generation.parts(self._state.settings.keep_alive):
+                if part is None:
+                    yield None
+                    continue
+                piece = part.completion
+                delta = {"content": piece.text} if piece.text else {}
+                if not delta and piece.finish_reason is None and not (request.logprobs or request.return_token_ids):
+                    continue  # half a character, or what may yet become a stop string
+                choice = self._chunk_choice(piece.index, delta) | ending(piece.finish_reason, piece.stop_reason)
+                if request.logprobs:
+                    choice["logprobs"] = self._logprobs(piece.token_ids, piece.logprobs)
+                if request.return_token_ids:
+                    choice["token_ids"] = list(piece.token_ids)
+                yield head | {"choices": [choice]}
+        if include_usage:
+            yield head | {"choices": [], "usage": usage(generation.outputs)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._request.model}
+
+    def _whole_choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": completion.index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": None,
+        } | ending(completion.finish_reason, completion.stop_reason)
+        if self._request.logprobs:
+            choice["logprobs"] = self._logprobs(completion.token_ids, completion.logprobs or [])
+        if self._request.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice
+
+    def _chunk_choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _logprobs(self, token_ids: Any, positions: Any) -> dict[str, Any]:
+        return chat_logprobs(token_ids, positions, self._request.top_logprobs or 0, self._tokenizer)
+
+
+async def encode_conversation(
+    engine: Engine,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
+    variables: dict[str, Any] | None,
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
+    """Through the model's own template. An assistant's last message is not over where it is to be continued."""
+    continues = continue_final_message is True
+    if continues and add_generation_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt can't both be true: the last message is not over",
+            "continue_final_message",
+        )
+    adds = not continues if add_generation_prompt is None else add_generation_prompt
+    chat = [message.for_template() for message in messages]
+    try:
+        return await asyncio.to_thread(engine.parts.tokenizer.encode_chat, chat, tools, adds, continues, variables)
+    except ValueError as error:
+        raise bad_request(str(error), "messages") from None

@@ -1,0 +1,75 @@
+"""ApiError and the shape in which OpenAI's clients expect errors; how pydantic's messages become one of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import HTTPException, Response
+
+
+class ApiError(HTTPException):
+    """An answer that is no success. `param` names the field at fault; `code` is OpenAI's word, where it has one.
+
+    FastAPI would turn any other exception that is raised while it reads a body into one of its own.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(status, message)
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        headers = dict(self.headers or {})
+        if self.retry_after is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status_code == 401:
+            headers["www-authenticate"] = "Bearer"
+        return json_response(self.body(), self.status_code, headers)
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param)
+
+
+def validation_error(errors: Sequence[Any]) -> ApiError:
+    """What pydantic found wrong first, as a 400 that names the field."""
+    first = errors[0]
+    # Without "body", and without the names of the alternatives of a union, which are pydantic's and not the client's.
+    parts = [str(p) for p in first["loc"][1:] if not isinstance(p, str) or p.isidentifier()]
+    place = ".".join(parts)
+    if first["type"] == "json_invalid":
+        return bad_request("the body is no valid JSON")
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"{place}: this server does not know this field; leave it out", place)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return bad_request(f"{place}: {message}" if place else message, place or None)
+
+
+def dumps(value: Any) -> bytes:
+    """JSON as UTF-8; escaped where a text that the client sent could not be encoded (half a surrogate pair)."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(dumps(value), status, dict(headers or {}), "application/json")

@@ -1,0 +1,183 @@
+"""Generation: the engine's requests behind one HTTP request, as parts that come one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from typing_extensions import Self
+
+from puna.engine.engine import Engine, Listener
+from puna.engine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
+from puna.scheduling.sampling_params import SamplingParams
+from puna.scheduling.scheduler import QueueFullError
+from puna.serving.errors import ApiError, bad_request
+from puna.serving.protocol import SamplingRequest
+from puna.serving.state import ServerState
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What came for one continuation of one prompt. Deltas that had come meanwhile are joined into one."""
+
+    prompt_index: int
+    completion: CompletionDelta
+
+
+class Generation:
+    """Submits one engine request for each prompt; leaving `async with` cancels what still runs.
+
+    Not AsyncEngine.generate: a server must know that a request was taken before it sends the head of its answer, and
+    must be able to say something while a long prompt is computed.
+    """
+
+    def __init__(
+        self, state: ServerState, prompts: Sequence[Sequence[int]], params: SamplingParams, request: SamplingRequest
+    ) -> None:
+        self._state = state
+        self._engine = state.ready_engine()
+        self._params = params
+        self._request = request
+        self._deltas: asyncio.Queue[tuple[int, RequestDelta]] = asyncio.Queue()
+        self._names: dict[int, str] = {}  # those that run
+        self.outputs = [
+            RequestOutput("", None, list(prompt), [CompletionOutput(index) for index in range(params.n)])
+            for prompt in prompts
+        ]
+
+    async def start(self) -> Self:
+        """Submits. Raises ApiError for what the engine refuses, and then leaves nothing behind."""
+        request, engine = self._request, self._engine
+        stem = uuid.uuid4().hex
+        try:
+            if self._params.guided is not None:
+                # Kept by the compiler, so that submit only looks it up.
+                await asyncio.to_thread(engine.parts.grammars.compile, self._params.guided)
+            for index, output in enumerate(self.outputs):
+                output.request_id = engine.submit(
+                    output.prompt_token_ids,
+                    self._params,
+                    self._listener(index),
+                    request_id=f"{stem}-{index}",
+                    priority=request.priority or 0,
+                    timeout=request.deadline,
+                    cache_salt=request.cache_salt or "",
+                )
+                self._names[index] = output.request_id
+        except QueueFullError as error:
+            self.cancel()
+            raise ApiError(
+                429,
+                str(error),
+                kind="rate_limit_error",
+                code="queue_full",
+                retry_after=self._state.seconds_to_room(),
+            ) from None
+        except ValueError as error:
+            self.cancel()
+            raise refusal(error) from None
+        except RuntimeError:
+            self.cancel()
+            raise engine_error() from None
+        return self
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Ends what still runs; its blocks are free before the next step."""
+        for name in self._names.values():
+            self._engine.cancel(name)
+        self._names.clear()
+
+    async def parts(self, keep_alive: float | None = None) -> AsyncIterator[Part | None]:
+        """What comes, until all is there; None after each `keep_alive` seconds of nothing. Raises ApiError."""
+        while self._names:
+            batch: list[tuple[int, RequestDelta]] = []
+            try:
+                batch.append(await asyncio.wait_for(self._deltas.get(), keep_alive))
+            except asyncio.TimeoutError:
+                yield None
+                continue
+            while not self._deltas.empty():  # a slow reader gets all that came at once
+                batch.append(self._deltas.get_nowait())
+            for part in _joined(self._take(batch)):
+                yield part
+
+    async def finish(self) -> list[RequestOutput]:
+        """The whole outputs."""
+        async for _ in self.parts():
+            pass
+        return self.outputs
+
+    def _take(self, batch: list[tuple[int, RequestDelta]]) -> list[Part]:
+        parts: list[Part] = []
+        for index, delta in batch:
+            try:
+                self.outputs[index].add(delta)
+            except RuntimeError:
+                raise engine_error() from None
+            if delta.finished:
+                self._names.pop(index, None)
+                self._state.count_ended()
+            for completion in delta.completions:
+                if completion.finish_reason in ("abort", "error"):
+                    raise ApiError(
+                        503, "the server is shutting down", kind="service_unavailable", code="engine_stopped"
+                    )
+                parts.append(Part(index, completion))
+        return parts
+
+    def _listener(self, index: int) -> Listener:
+        loop, put = asyncio.get_running_loop(), self._deltas.put_nowait
+
+        def listen(delta: RequestDelta) -> None:
+            loop.call_soon_threadsafe(put, (index, delta))
+
+        return listen
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    found: dict[tuple[int, int], Part] = {}
+    for part in parts:
+        key = part.prompt_index, part.completion.index
+        before = found.get(key)
+        if before is not None:
+            a, b = before.completion, part.completion
+            joined = CompletionDelta(
+                a.index, a.text + b.text, a.token_ids + b.token_ids, a.logprobs + b.logprobs, b.finish_reason,
+                b.stop_reason,
+            )  # fmt: skip
+            part = Part(part.prompt_index, joined)
+        found[key] = part
+    return list(found.values())
+
+
+def refusal(error: ValueError) -> ApiError:
+    """The engine's own words, with the field where they begin with its name."""
+    message = str(error)
+    word = message.partition(" ")[0]
+    fields = SamplingRequest.model_fields
+    return bad_request(message, word if word in fields else None)
+
+
+def engine_error() -> ApiError:
+    """What went wrong is in the log; clients get no insides."""
+    return ApiError(500, "the engine failed on this request", kind="server_error", code="engine_error")
+
+
+async def encoded(engine: Engine, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    try:
+        return await asyncio.to_thread(engine.parts.tokenizer.encode, prompt, add_special_tokens)
+    except ValueError as error:
+        raise bad_request(str(error), "prompt") from None

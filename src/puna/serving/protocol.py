@@ -1,0 +1,287 @@
+"""The requests that the server takes, as pydantic models: a field that is not here is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_PROMPTS: Final = 256
+MAX_N: Final = 128
+MAX_LOGPROBS: Final = 20
+MAX_STOPS: Final = 64
+MAX_GUIDE_CHARS: Final = 64 * 1024
+MAX_TOOLS: Final = 128
+# OpenAI's fields with values that ask for nothing more than this server does: those here, and null.
+_HARMLESS: Final = (("store", False), ("service_tier", "auto"), ("service_tier", "default"))
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """No coercion and no unknown fields: what can't be honoured is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class JsonSchema(Strict):
+    name: Name
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema, and only with it")
+        return self
+
+
+class SamplingRequest(Strict):
+    """What completions and chat completions share. None means that the server's default holds."""
+
+    model: Name
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
+
+    # vLLM's extensions
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Probability | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_token_ids: bool | None = None
+    guided_json: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | dict[str, Any] | None = None
+    guided_regex: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | None = None
+    guided_grammar: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
+    response_format: ResponseFormat | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    deadline: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        unset = {name for name, value in data.items() if value is None and name not in cls.model_fields}
+        harmless = {name for name, value in _HARMLESS if name in data and data[name] == value}
+        return {name: value for name, value in data.items() if name not in unset | harmless}
+
+    @field_validator("guided_json")
+    @classmethod
+    def _is_small(cls, value: Any) -> Any:
+        return _limited(value)
+
+    @field_validator("response_format")
+    @classmethod
+    def _has_small_schema(cls, value: ResponseFormat | None) -> ResponseFormat | None:
+        if value is not None and value.json_schema is not None:
+            _limited(value.json_schema.schema_)
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SamplingRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream to be true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs can't be streamed: leave out stream or prompt_logprobs")
+        return self
+
+
+def _limited(schema: Any) -> Any:
+    if len(json.dumps(schema)) > MAX_GUIDE_CHARS:
+        raise ValueError(f"the schema has more than {MAX_GUIDE_CHARS} characters")
+    return schema
+
+
+class CompletionRequest(SamplingRequest):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    suffix: None = None
+    add_special_tokens: bool | None = None
+
+    @field_validator("suffix", mode="before")
+    @classmethod
+    def _refuse_suffix(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("this server does not fill in the middle; leave suffix out")
+
+    @model_validator(mode="after")
+    def _best_of_holds_n(self) -> CompletionRequest:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise ValueError(f"best_of is {self.best_of}, less than n, which is {n}")
+        if self.stream and self.best_of is not None and self.best_of > n:
+            raise ValueError("best_of above n can't be streamed: which texts are best shows at the end")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, which asks for nothing unless echo is true")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        first = self.prompt[0]
+        if isinstance(first, int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Strict):
+    name: Name
+    arguments: str
+
+
+class ToolCall(Strict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+    index: int | None = None
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        # Clients send an answer's message back as it came, with its empty fields.
+        if isinstance(data, dict):
+            return {k: v for k, v in data.items() if not (v is None and k not in cls.model_fields) and v != []}
+        return data
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Message:
+        if self.role != "assistant" and (self.tool_calls or self.refusal or self.reasoning_content):
+            raise ValueError("tool_calls, refusal and reasoning_content belong to assistant messages")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a tool message needs the tool_call_id that it answers")
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise ValueError("tool_call_id belongs to tool messages")
+        if self.content is None and not self.tool_calls and self.refusal is None:
+            raise ValueError("a message needs content")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates of Hugging Face take it: content as one text, arguments as an object."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        role = "system" if self.role == "developer" else self.role
+        found: dict[str, Any] = {"role": role, "content": content or self.refusal or ""}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            value = getattr(self, name)
+            if value is not None:
+                found[name] = value
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        return found
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # what a model once wrote need not be JSON
+
+
+class ChatPrompt(Strict):
+    """A conversation and how the model's chat template writes it."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+
+
+class ChatRequest(SamplingRequest, ChatPrompt):
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _chat_fits_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if self.max_tokens == 0:
+            raise ValueError("max_tokens is 0: ask for at least one token")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
+
+
+class TokenizeRequest(Strict):
+    """A prompt, or messages."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    model: Name | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

@@ -1,0 +1,100 @@
+"""From a request's fields to SamplingParams: over what the checkpoint recommends, one constraint at most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from puna.config import GenerationConfig
+from puna.scheduling.sampling_params import GuidedDecoding, SamplingParams
+from puna.serving.errors import ApiError, bad_request
+from puna.serving.generation import refusal
+from puna.serving.protocol import SamplingRequest
+
+_GUIDES = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAME_NAMES = (
+    *_RECOMMENDED,
+    "stop",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "ignore_eos",
+    "stop_token_ids",
+    "min_tokens",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "prompt_logprobs",
+)
+
+
+def sampling_params(
+    request: SamplingRequest,
+    recommended: GenerationConfig,
+    *,
+    n: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    guided: GuidedDecoding | None = None,
+    **overrides: Any,
+) -> SamplingParams:
+    """Raises ApiError for values that can't be. `guided` is a constraint that does not come from the request's fields.
+
+    What the request leaves out is as generation_config.json recommends, where that says `do_sample`; else temperature
+    1, as OpenAI has it.
+    """
+    chosen: dict[str, Any] = {}
+    if recommended.do_sample:
+        chosen = {name: getattr(recommended, name) for name in _RECOMMENDED}
+    for name in _SAME_NAMES:
+        value = getattr(request, name)
+        if value is not None:
+            chosen[name] = value
+    if request.logit_bias:
+        chosen["logit_bias"] = _logit_bias(request.logit_bias)
+    chosen |= overrides
+    asked = guided_decoding(request)
+    if guided is not None and asked is not None:
+        raise bad_request("tool_choice constrains the output already: leave out response_format and guided_*")
+    try:
+        return SamplingParams(n=n, max_tokens=max_tokens, logprobs=logprobs, guided=guided or asked, **chosen)
+    except ValueError as error:
+        raise refusal(error) from None
+
+
+def guided_decoding(request: SamplingRequest) -> GuidedDecoding | None:
+    """The constraint that the fields ask for. Raises ApiError where there are two."""
+    given = [name for name in _GUIDES if getattr(request, name) is not None]
+    form = request.response_format
+    if form is not None and form.type != "text":
+        given.append("response_format")
+    if len(given) > 1:
+        raise bad_request(f"{' and '.join(given)} both constrain the output: give one", given[0])
+    try:
+        if request.guided_json is not None:
+            return GuidedDecoding(json_schema=request.guided_json)
+        if request.guided_regex is not None:
+            return GuidedDecoding(regex=request.guided_regex)
+        if request.guided_grammar is not None:
+            return GuidedDecoding(grammar=request.guided_grammar)
+        if request.guided_choice is not None:
+            return GuidedDecoding(choice=request.guided_choice)
+        if form is not None and form.json_schema is not None:
+            return GuidedDecoding(json_schema=form.json_schema.schema_)
+        if form is not None and form.type == "json_object":
+            return GuidedDecoding(json_object=True)
+    except ValueError as error:
+        raise bad_request(str(error), given[0]) from None
+    return None
+
+
+def _logit_bias(given: dict[str, float]) -> dict[int, float]:
+    wrong: ApiError | None = None
+    found: dict[int, float] = {}
+    for key, value in given.items():
+        if key.isascii() and key.isdigit() and len(key) <= 10:
+            found[int(key)] = value
+        else:
+            wrong = wrong or bad_request(f"logit_bias has the key {key!r}: keys are token ids", "logit_bias")
+    if wrong is not None:
+        raise wrong
+    return found

@@ -1,0 +1,85 @@
+"""ServerState: what the server knows of itself: settings, the engine once it has loaded, and how it is doing."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from puna.engine.engine import Engine
+from puna.serving.errors import ApiError
+
+Phase = Literal["loading", "ready", "draining", "failed"]
+# Requests that ended within so many seconds tell when there will be room in the queue.
+_RATE_WINDOW: Final = 30.0
+_LONGEST_RETRY: Final = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """`keep_alive`: seconds without a token after which a stream gets a comment. No `api_keys`: everyone may ask."""
+
+    model_name: str
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 16 * 1024 * 1024
+    keep_alive: float = 10.0
+
+
+@dataclass
+class ServerState:
+    """Lives as long as the server; read and changed in its event loop only, except for `step`."""
+
+    settings: ServerSettings
+    engine: Engine | None = None
+    phase: Phase = "loading"
+    step: str = "starting"
+    failure: str | None = None
+    started: float = field(default_factory=time.monotonic)
+    created: int = field(default_factory=lambda: int(time.time()))
+    _ended: deque[float] = field(default_factory=deque)
+
+    def ready_engine(self) -> Engine:
+        """Raises ApiError, status 503, where there is none."""
+        if self.engine is None or self.phase != "ready":
+            messages = {
+                "loading": f"the model is loading ({self.step}); try again soon",
+                "draining": "the server is shutting down",
+            }
+            message = messages.get(self.phase, "the engine has stopped after an error")
+            raise ApiError(503, message, kind="service_unavailable", code=f"engine_{self.phase}", retry_after=5)
+        return self.engine
+
+    def check_model(self, name: str) -> None:
+        if name != self.settings.model_name:
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist; this server has {self.settings.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def count_ended(self) -> None:
+        now = time.monotonic()
+        self._ended.append(now)
+        while self._ended and self._ended[0] < now - _RATE_WINDOW:
+            self._ended.popleft()
+
+    def seconds_to_room(self) -> float:
+        """An estimate of when a full queue has room again: the time between the ends of two recent requests."""
+        now = time.monotonic()
+        recent = sum(ended > now - _RATE_WINDOW for ended in self._ended)
+        return min(_LONGEST_RETRY, _RATE_WINDOW / recent) if recent else 5.0
+
+
+def is_authorized(header: str | None, api_keys: Sequence[str]) -> bool:
+    """Whether an Authorization header has one of the keys, in a time that does not depend on how much of one it has."""
+    if not api_keys:
+        return True
+    scheme, _, given = (header or "").partition(" ")
+    digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
+    matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in api_keys]
+    return any(matches) and scheme.lower() == "bearer"

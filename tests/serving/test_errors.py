@@ -1,0 +1,154 @@
+"""What bad requests get: the status, and the name of the field, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+CHAT: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+TEXT: dict[str, Any] = {"model": "small", "prompt": "hi", "max_tokens": 1}
+
+BAD_TEXT: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"suffix": "x"}, "suffix"),
+    ({"no_such_field": 1}, "no_such_field"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"n": 0}, "n"),
+    ({"n": 2, "temperature": 0}, "n"),
+    ({"n": True}, "n"),
+    ({"top_p": 0}, "top_p"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    ({"stop": [""]}, "stop"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [99999]}, "prompt"),
+    ({"prompt": "x" * 300}, "prompt"),
+    ({"prompt": "\ud800"}, "prompt"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"min_tokens": 5}, "min_tokens"),
+    ({"guided_regex": "[", "max_tokens": 2}, "regex"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex"),
+    ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+    ({"guided_json": {"x": "y" * 70000}}, "guided_json"),
+    ({"deadline": 0}, "deadline"),
+    ({"store": True}, "store"),
+)
+BAD_CHAT: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user"}]}, "content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages.0.content",
+    ),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"functions": []}, "functions"),
+    ({"chat_template": "x"}, "chat_template"),
+    ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ({"chat_template_kwargs": {"messages": 1}}, "messages"),
+)
+
+
+def check(answer: Any, status: int, name: str) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert name in f"{error['param']} {error['message']}"
+    assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(("fields", "name"), BAD_TEXT, ids=[str(fields)[:50] for fields, _ in BAD_TEXT])
+def test_bad_completions(server: Any, fields: dict[str, Any], name: str) -> None:
+    body = json.dumps(TEXT | fields).encode()
+    check(server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"}), 400, name)
+
+
+@pytest.mark.parametrize(("fields", "name"), BAD_CHAT, ids=[str(fields)[:50] for fields, _ in BAD_CHAT])
+def test_bad_chats(server: Any, fields: dict[str, Any], name: str) -> None:
+    check(server.http.post("/v1/chat/completions", json=CHAT | fields), 400, name)
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b"null", b'{"model": 1}', b"[" * 100_000, b"\xff"])
+def test_raw_bodies(server: Any, body: bytes) -> None:
+    answer = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    check(answer, 400, "")
+
+
+def test_unknown_names(server: Any) -> None:
+    check(server.http.post("/v1/completions", json=TEXT | {"model": "other"}), 404, "model")
+    check(server.http.get("/v1/models/other"), 404, "model")
+    check(server.http.get("/v1/nothing"), 404, "")
+    check(server.http.get("/v1/completions"), 405, "")
+    with pytest.raises(openai.NotFoundError, match="other"):
+        server.client.models.retrieve("other")
+
+
+def test_null_and_harmless_values_are_fine(server: Any) -> None:
+    body = TEXT | {
+        "stop": None,
+        "functions": None,
+        "store": False,
+        "service_tier": "auto",
+        "user": "me",
+        "suffix": None,
+    }
+    assert server.http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_models_and_versions(server: Any) -> None:
+    (model,) = server.client.models.list().data
+    assert (model.id, model.object, model.max_model_len) == ("small", "model", 256)
+    assert server.client.models.retrieve("small") == model
+    assert server.http.get("/version").json()["version"]
+    assert server.http.get("/health").json()["status"] == "ready"
+    assert server.http.get("/ready").status_code == 200
+
+
+def test_keys(serve: Any) -> None:
+    with serve(api_keys=("right", "also-right")) as running:
+        body = TEXT
+        for header in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "right"},
+            {"authorization": "Basic right"},
+        ):
+            answer = post(running, body, header)
+            check(answer, 401, "")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for key in ("right", "also-right"):
+            assert post(running, body, {"authorization": f"Bearer {key}"}).status_code == 200
+        assert post(running, None, {}).status_code == 200
+
+
+def post(running: Any, body: Any, headers: dict[str, str]) -> Any:
+    if body is None:
+        return httpx.get(f"{running.url}/health")
+    return httpx.post(f"{running.url}/v1/completions", json=body, headers=headers)
+
+
+def test_large_bodies(serve: Any) -> None:
+    with serve(max_body_bytes=1000) as running:
+        body = TEXT | {"user": "x" * 1000}
+        check(running.http.post("/v1/completions", json=body), 413, "")
+
+        def pieces() -> Any:  # without a content-length
+            yield json.dumps(body).encode()
+
+        answer = running.http.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"})
+        check(answer, 413, "")
