@@ -226,8 +226,8 @@ struct RowTask {
       if (seen[r].begin < seen[r].end)
         weigh<Form>(row + r, span, seen[r], scores + r * kSpan, bytes + r * 2 * kSpan, scales + r);
     if (same) return value_rows<Form, kRows, kAhead>(row, span, ahead, seen[0], scores, bytes, scales);
-    // Values only for the positions that a row sees: rows that see the same ones go together. (Not in a lambda: what one
-    // captures by reference leaves its registers, and the int8 form took 1.7 times as long.)
+    // Values only for the positions that a row sees: rows that see the same ones go together. (Not in a lambda: arrays
+    // that one captures by reference leave the registers, and the int8 form took 1.7 times as long.)
     for (int r = 0; r < kRows;) {
       int end_row = r + 1;
       while (end_row < kRows && seen[end_row].begin == seen[r].begin && seen[end_row].end == seen[r].end) ++end_row;
