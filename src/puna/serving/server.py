@@ -50,10 +50,12 @@ def serve(settings: ServerSettings, listen: ListenSettings, load: Loader, say: C
 
     Raises what `load` raises, once the server has ended.
     """
-    return asyncio.run(_Life(settings, listen, load, say).run())
+    return asyncio.run(ServerLife(settings, listen, load, say).run())
 
 
-class _Life:
+class ServerLife:
+    """One run of the server; `serve` is the way to it."""
+
     def __init__(
         self, settings: ServerSettings, listen: ListenSettings, load: Loader, say: Callable[[str], None]
     ) -> None:

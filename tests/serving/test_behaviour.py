@@ -1,0 +1,232 @@
+"""Real use: clients that leave, full queues, deadlines, waiting, loading, and an engine that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from puna.engine.engine import Engine
+from puna.scheduling.step_plan import StepPlan, StepResult
+from puna.serving.server import ListenSettings, ServerLife
+from puna.serving.state import ServerSettings, ServerState
+from serving.conftest import Running, Serve, listening
+
+LONG: dict[str, Any] = {"model": "small", "prompt": "hi", "max_tokens": 200, "ignore_eos": True}
+
+
+class Gate:
+    """Lets an engine's steps through, or holds them; counts those that were started."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.steps = 0
+        self.error: Exception | None = None
+        self._submit = engine.parts.executor.submit
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        self.open.wait()
+        if self.error is not None:
+            raise self.error
+        self.steps += 1
+        return self._submit(plan)
+
+
+@pytest.fixture
+def gated(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Running, Gate]]:
+    with serve({"max_num_seqs": 1, "max_waiting": 1}, keep_alive=0.02) as running:
+        assert running.state.engine is not None
+        gate = Gate(running.state.engine)
+        monkeypatch.setattr(running.state.engine.parts.executor, "submit", gate.submit)
+        yield running, gate
+        gate.open.set()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "waited ten seconds"
+        time.sleep(0.005)
+
+
+def test_a_stream_whose_client_leaves_frees_its_blocks(gated: tuple[Running, Gate]) -> None:
+    running, gate = gated
+    assert running.state.engine is not None
+    scheduler = running.state.engine.parts.scheduler
+    with running.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+        next(answer.iter_lines())
+        gate.open.clear()
+        assert scheduler.num_running == 1
+    wait_for(lambda: scheduler.num_running == 0)
+    steps = gate.steps
+    gate.open.set()
+    running.wait_until_idle()
+    assert gate.steps <= steps + 1  # the one that was planned before
+    assert running.client.completions.create(model="small", prompt="hi", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_client_that_leaves_before_its_whole_answer_frees_its_blocks(gated: tuple[Running, Gate]) -> None:
+    running, gate = gated
+    assert running.state.engine is not None
+    scheduler = running.state.engine.parts.scheduler
+    gate.open.clear()
+    body = json.dumps(LONG).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: scheduler.has_work)
+    wait_for(lambda: not scheduler.num_running)
+    gate.open.set()
+    running.wait_until_idle()
+    assert gate.steps <= 1
+
+
+def test_a_full_queue_answers_at_once_and_waiting_streams_get_comments(gated: tuple[Running, Gate]) -> None:
+    running, gate = gated
+    assert running.state.engine is not None
+    scheduler = running.state.engine.parts.scheduler
+    gate.open.clear()
+    url = f"{running.url}/v1/completions"
+    with httpx.stream("POST", url, json=LONG | {"stream": True}) as first:
+        wait_for(lambda: scheduler.num_running == 1 and scheduler.num_waiting == 0)
+        with httpx.stream("POST", url, json=LONG | {"stream": True, "max_tokens": 3}) as second:
+            assert scheduler.num_waiting == 1
+            for stream in (False, True):
+                refused = running.http.post("/v1/completions", json=LONG | {"stream": stream})
+                assert refused.status_code == 429
+                assert int(refused.headers["retry-after"]) >= 1
+                assert refused.json()["error"]["code"] == "queue_full"
+            with pytest.raises(openai.RateLimitError):
+                running.client.completions.create(model="small", prompt="x")
+            lines = second.iter_lines()
+            assert next(lines) == ": keep-alive"
+            gate.open.set()
+            rest = [line for line in lines if line.startswith("data: ")]
+            assert rest[-1] == "data: [DONE]"
+            assert '"finish_reason":"length"' in rest[-2]
+        assert [line for line in first.iter_lines() if line][-1] == "data: [DONE]"
+    running.wait_until_idle()
+
+
+def test_several_prompts_of_which_one_finds_no_room_leave_nothing(gated: tuple[Running, Gate]) -> None:
+    running, gate = gated
+    gate.open.clear()
+    answer = running.http.post("/v1/completions", json=LONG | {"prompt": ["a", "b", "c", "d"]})
+    assert answer.status_code == 429
+    gate.open.set()
+    running.wait_until_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_cuts_off(gated: tuple[Running, Gate], stream: bool) -> None:
+    running, gate = gated
+    gate.open.clear()
+    threading.Timer(0.15, gate.open.set).start()
+    answer = running.http.post("/v1/completions", json=LONG | {"deadline": 0.1, "stream": stream})
+    assert answer.status_code == 200
+    found = json.loads(answer.text.split("data: ")[-2]) if stream else answer.json()
+    (choice,) = found["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "deadline")
+    running.wait_until_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_dies_is_an_error_without_insides(gated: tuple[Running, Gate], stream: bool) -> None:
+    running, gate = gated
+    gate.open.clear()
+    with (
+        httpx.stream("POST", f"{running.url}/v1/completions", json=LONG | {"stream": stream})
+        if stream
+        else (httpx.Client(base_url=running.url)) as it
+    ):
+        gate.error = RuntimeError("secret insides")
+        gate.open.set()
+        answer = it if stream else it.post("/v1/completions", json=LONG)
+        answer.read()
+        assert answer.status_code == (200 if stream else 500)
+        assert "secret" not in answer.text
+        assert '"code":"engine_error"' in answer.text
+    assert running.state.engine is not None
+    assert "secret insides" in (running.state.engine.failure or "")
+    assert running.http.post("/v1/completions", json=LONG).status_code == 500
+
+
+def test_health_answers_while_the_model_loads(folder: Path) -> None:
+    state = ServerState(ServerSettings(model_name="small"), step="load weights")
+    with listening(state) as running:
+        health = running.http.get("/health")
+        assert health.status_code == 200
+        assert health.json()["status"] == "loading"
+        assert health.json()["step"] == "load weights"
+        assert running.http.get("/v1/models").status_code == 200
+        for answer in (running.http.get("/ready"), running.http.post("/v1/completions", json=LONG)):
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "engine_loading"
+        state.engine, state.phase = Engine.from_pretrained(str(folder)), "ready"
+        assert running.http.get("/ready").status_code == 200
+        state.engine.shutdown()
+
+
+def run_life(load: Callable[[Callable[[str], None]], Engine], lines: list[str]) -> int:
+    """A whole server's life in a thread of asyncio's making, where signals can't be handled."""
+    life = ServerLife(ServerSettings(model_name="small"), ListenSettings(port=0), load, lines.append)
+
+    async def run() -> int:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign]
+        return await life.run()
+
+    return asyncio.run(run())
+
+
+def test_a_dead_engine_ends_the_server_with_a_code(folder: Path) -> None:
+    lines: list[str] = []
+    engine = Engine.from_pretrained(str(folder))
+    gate = Gate(engine)
+
+    def load(begin: Callable[[str], None]) -> Engine:
+        begin("load weights")
+        return engine
+
+    def kill() -> None:
+        wait_for(lambda: lines and lines[-1].startswith("ready"))
+        gate.error = RuntimeError("out of luck")
+        url = lines[-1].split()[2]
+        assert httpx.post(f"{url}/completions", json=LONG).status_code == 500
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.parts.executor, "submit", gate.submit)
+        killer = threading.Thread(target=kill)
+        killer.start()
+        assert run_life(load, lines) == 1
+        killer.join()
+
+
+def test_a_model_that_does_not_load_ends_the_server_with_its_error() -> None:
+    def load(begin: Callable[[str], None]) -> Engine:
+        raise ValueError("no such model")
+
+    with pytest.raises(ValueError, match="no such model"):
+        run_life(load, [])
+
+
+def test_a_taken_port_is_an_error() -> None:
+    def load(begin: Callable[[str], None]) -> Engine:
+        raise AssertionError("the port comes first")
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = ListenSettings(port=taken.getsockname()[1])
+        with pytest.raises(OSError, match="in use"):
+            asyncio.run(ServerLife(ServerSettings(model_name="small"), listen, load, print).run())
