@@ -294,6 +294,28 @@ def test_loading_maps_the_file_and_copies_nothing(make: Make, tmp_path: Path) ->
         assert size["Pss"] < 0.6 * size["Rss"]
 
 
+def anonymous_bytes() -> int:
+    """This process's memory that is no file's page."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status here")
+def test_building_holds_one_tensor_at_a_time(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6, "head_dim": 256}
+    loader = model_loader(make(dtype=torch.bfloat16, **sizes).path, quantization="int8")
+    read, seen = loader.checkpoint.read, [anonymous_bytes()]
+
+    def watched(name: str, source: tuple[slice, ...]) -> Tensor:
+        seen.append(anonymous_bytes())
+        return read(name, source)
+
+    monkeypatch.setattr(loader.checkpoint, "read", watched)
+    loader.build(tmp_path / "engine")
+    assert (tmp_path / "engine" / WEIGHTS).stat().st_size > 50 * 2**20
+    assert max(seen) - seen[0] < 25 * 2**20
+
+
 def test_refuses_a_target_with_something_in_it(make: Make, tmp_path: Path) -> None:
     folder = make().path
     (tmp_path / "full").mkdir()
