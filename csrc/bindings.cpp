@@ -11,7 +11,6 @@
 
 #include "cpu_features.h"
 #include "dispatch.h"
-#include "pack.h"
 #include "pool.h"
 #include "recording.h"
 
@@ -399,64 +398,6 @@ void replay(const Recording& recording) {
   raise(failure);
 }
 
-// Addresses and sizes of the four packing functions (pack.h), checked.
-PanelFormat packed_format(Address panels, Size inputs, Size first_row, Size rows, int dense, int bits, int groups,
-                          bool minimums) {
-  check_size("inputs", inputs, 1);
-  check_size("first_row", first_row);
-  check_size("rows", rows);
-  if (rows != 0) check_address("panels", panels, 64);
-  return format_of(dense, bits, groups, minimums);
-}
-
-PanelFormat groups_format(Address codes, Address scales, Address minimums, Address panels, Size inputs, Size first_row,
-                          Size rows, int bits, int groups) {
-  if (bits == 0) throw std::invalid_argument("bits is 0: it must be 4 or 8");
-  const PanelFormat format = packed_format(panels, inputs, first_row, rows, 0, bits, groups, minimums != 0);
-  if (rows != 0) {
-    check_address("codes", codes, 1);
-    check_address("scales", scales, 4);
-    if (minimums) check_address("minimums", minimums, 4);
-  }
-  return format;
-}
-
-void pack_groups_of(Address codes, Address scales, Address minimums, Size group_size, Address panels, Size inputs,
-                    Size first_row, Size rows, int bits, int groups) {
-  const PanelFormat format = groups_format(codes, scales, minimums, panels, inputs, first_row, rows, bits, groups);
-  check_size("group_size", group_size, 1);
-  if (group_size % (32 / groups) != 0)
-    throw std::invalid_argument("group_size is " + std::to_string(group_size) + ": it must be a multiple of " +
-                                std::to_string(32 / groups));
-  nb::gil_scoped_release release;
-  pack_groups(format, inputs, at<std::uint8_t>(codes), at<float>(scales), at<float>(minimums), group_size, first_row,
-              rows, to<std::byte>(panels));
-}
-
-void unpack_groups_of(Address codes, Address scales, Address minimums, Address panels, Size inputs, Size first_row,
-                      Size rows, int bits, int groups) {
-  const PanelFormat format = groups_format(codes, scales, minimums, panels, inputs, first_row, rows, bits, groups);
-  nb::gil_scoped_release release;
-  unpack_groups(format, inputs, at<std::byte>(panels), first_row, rows, to<std::uint8_t>(codes), to<float>(scales),
-                to<float>(minimums));
-}
-
-void pack_dense_of(Address weight, Size stride, Address panels, Size inputs, Size first_row, Size rows, int dense) {
-  const PanelFormat format = packed_format(panels, inputs, first_row, rows, dense, 0, 1, false);
-  check_size("stride", stride, inputs);
-  if (rows != 0) check_address("weight", weight, element_size(format.dense));
-  nb::gil_scoped_release release;
-  pack_dense(format, inputs, at<void>(weight), stride, first_row, rows, to<std::byte>(panels));
-}
-
-void unpack_dense_of(Address weight, Size stride, Address panels, Size inputs, Size first_row, Size rows, int dense) {
-  const PanelFormat format = packed_format(panels, inputs, first_row, rows, dense, 0, 1, false);
-  check_size("stride", stride, inputs);
-  if (rows != 0) check_address("weight", weight, element_size(format.dense));
-  nb::gil_scoped_release release;
-  unpack_dense(format, inputs, at<std::byte>(panels), first_row, rows, to<void>(weight), stride);
-}
-
 void set_threads(int count) {
   if (count < 1 || count > 1024)
     throw std::invalid_argument("the number of threads is " + std::to_string(count) + ": it must be from 1 to 1024");
@@ -502,20 +443,6 @@ NB_MODULE(_kernels, m) {
   m.def("probe", &probe, "kind"_a, "memory"_a, "bytes"_a, "iterations"_a, "operations"_a);
   m.def("round_groups", &round_groups, "rows"_a, "panels"_a, "first"_a, "count"_a, "inputs"_a, "stride"_a, "bits"_a,
         "dtype"_a);
-
-  m.def("panel_bytes", [](Size outputs, Size inputs, int dense, int bits, int groups, bool minimums) {
-    check_size("outputs", outputs, 1);
-    check_size("inputs", inputs, 1);
-    return panel_bytes(format_of(dense, bits, groups, minimums), outputs, inputs);
-  }, "outputs"_a, "inputs"_a, "dense"_a, "bits"_a, "groups"_a, "minimums"_a);
-  m.def("pack_groups", &pack_groups_of, "codes"_a, "scales"_a, "minimums"_a, "group_size"_a, "panels"_a, "inputs"_a,
-        "first_row"_a, "rows"_a, "bits"_a, "groups"_a);
-  m.def("unpack_groups", &unpack_groups_of, "codes"_a, "scales"_a, "minimums"_a, "panels"_a, "inputs"_a, "first_row"_a,
-        "rows"_a, "bits"_a, "groups"_a);
-  m.def("pack_dense", &pack_dense_of, "weight"_a, "stride"_a, "panels"_a, "inputs"_a, "first_row"_a, "rows"_a,
-        "dense"_a);
-  m.def("unpack_dense", &unpack_dense_of, "weight"_a, "stride"_a, "panels"_a, "inputs"_a, "first_row"_a, "rows"_a,
-        "dense"_a);
 
   nb::class_<Recording>(m, "Recording", "A list of kernel calls, made once and replayed without Python.")
       .def(nb::init<>())

@@ -154,42 +154,6 @@ def round_groups(
     rows: int, panels: int, first: int, count: int, inputs: int, stride: int, bits: int, dtype: int
 ) -> None: ...
 
-def panel_bytes(outputs: int, inputs: int, dense: int, bits: int, groups: int, minimums: bool) -> int:
-    """Bytes of the panels of a weight [outputs, inputs]."""
-
-def pack_groups(
-    codes: int,
-    scales: int,
-    minimums: int,
-    group_size: int,
-    panels: int,
-    inputs: int,
-    first_row: int,
-    rows: int,
-    bits: int,
-    groups: int,
-) -> None:
-    """Rows of codes uint8 and scales (and minimums, or 0) float32 into panels; the caller has cleared these before."""
-
-def unpack_groups(
-    codes: int,
-    scales: int,
-    minimums: int,
-    panels: int,
-    inputs: int,
-    first_row: int,
-    rows: int,
-    bits: int,
-    groups: int,
-) -> None:
-    """The inverse, in groups of 32 / `groups` inputs."""
-
-def pack_dense(weight: int, stride: int, panels: int, inputs: int, first_row: int, rows: int, dense: int) -> None:
-    """Rows of a weight of the dtype `dense` into panels of it; the caller has cleared these before."""
-
-def unpack_dense(weight: int, stride: int, panels: int, inputs: int, first_row: int, rows: int, dense: int) -> None:
-    """The inverse."""
-
 class Recording:
     """A list of kernel calls, made once and replayed without Python."""
 

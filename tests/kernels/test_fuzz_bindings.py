@@ -17,17 +17,15 @@ class Child(Protocol):
     def outcome(self, call: Call) -> str: ...
 
 
-# An address of so many zeros, on a 64-byte boundary. `optional`: may be null. `any`: need not be aligned.
+# An address of so many zeros, on a 64-byte boundary. `optional`: may be null.
 Address = dict[str, dict[str, Any]]
 MEMORY: Final[Address] = {"address": {"bytes": 1 << 16}}
-ANYWHERE: Final[Address] = {"address": {"bytes": 1 << 16, "any": True}}
 OPTIONAL: Final[Address] = {"address": {"bytes": 1 << 16, "optional": True}}
 
 _PANELS: Final = {"dense": 0, "bits": 8, "groups": 1, "minimums": 0}
 _CACHE: Final = {
     "keys": MEMORY, "values": MEMORY, "blocks": 2, "kv_heads": 1, "block_size": 16, "head_size": 16, "cache_dtype": 0
 }  # fmt: skip
-_PACKED: Final = {"panels": MEMORY, "inputs": 64, "first_row": 0, "rows": 2}
 
 RIGHT: Final[dict[str, dict[str, Any]]] = {
     "linear": {
@@ -60,15 +58,6 @@ RIGHT: Final[dict[str, dict[str, Any]]] = {
     "round_groups": {
         "rows": MEMORY, "panels": MEMORY, "first": 0, "count": 2, "inputs": 64, "stride": 64, "bits": 4, "dtype": 0
     },
-    "panel_bytes": {"outputs": 64, "inputs": 64, "dense": 0, "bits": 4, "groups": 1, "minimums": False},
-    "pack_groups": {
-        "codes": ANYWHERE, "scales": MEMORY, "minimums": OPTIONAL, "group_size": 32, **_PACKED, "bits": 4, "groups": 1
-    },
-    "unpack_groups": {
-        "codes": ANYWHERE, "scales": MEMORY, "minimums": OPTIONAL, **_PACKED, "bits": 4, "groups": 1
-    },
-    "pack_dense": {"weight": MEMORY, "stride": 64, **_PACKED, "dense": 0},
-    "unpack_dense": {"weight": MEMORY, "stride": 64, **_PACKED, "dense": 0},
     "probe": {"kind": 0, "memory": MEMORY, "bytes": 4096, "iterations": 3, "operations": MEMORY},
     "set_threads": {"count": 2},
     "set_level": {"level": "portable"},
@@ -95,9 +84,7 @@ def wrong_values(name: str, value: Any) -> list[Any]:
         wrong: list[Any] = ["?", None, 0.5, [], -1, 2**64]
         if not inner.get("optional"):
             wrong.append(0)
-        if not inner.get("any"):
-            wrong.append({"address": {**inner, "off": 1}})
-        return wrong
+        return [*wrong, {"address": {**inner, "off": 1}}]
     if isinstance(value, bool):
         return ["?", None, 0.5, 2]
     if isinstance(value, float):
@@ -151,7 +138,6 @@ def test_every_wrong_argument_is_refused(child: Child, function: str) -> None:
         ("paged_attention", {"kv_heads": 3}),
         ("paged_attention", {"query_stride": 31}),
         ("paged_attention", {"table_stride": 1}),
-        ("pack_groups", {"group_size": 48}),
         ("set_threads", {"count": 0}),
         ("set_threads", {"count": 1025}),
     ],

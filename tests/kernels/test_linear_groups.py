@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from puna.ops.panels import PanelFormat, Panels
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS: Final = (1, 2, 3, 5, 6, 7, 8, 9, 13, 64, 193)
@@ -48,6 +50,33 @@ class Layer:
         return self.codes.shape[1]
 
 
+def form_of(bits: int, groups: int, minimums: bool) -> PanelFormat:
+    return PanelFormat(bits=bits, group_size=BLOCK // groups, minimums=minimums)
+
+
+def pack(
+    panels: Tensor,
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    lows: NDArray[np.float32] | None,
+    bits: int,
+    groups: int,
+) -> None:
+    """The rows into panels, with inputs padded by zeros to whole blocks."""
+    outputs, inputs = codes.shape
+    form = form_of(bits, groups, lows is not None)
+    padding = -inputs % BLOCK
+
+    def whole(numbers: NDArray[Any] | None) -> Tensor | None:
+        if numbers is None:
+            return None
+        wide = codes.shape[1] + padding if numbers is codes else (inputs + padding) * groups // BLOCK
+        return torch.from_numpy(np.pad(numbers, ((0, 0), (0, wide - numbers.shape[1]))))
+
+    target = Panels(panels.view(form.buffer_shape(outputs, inputs)), form, outputs, inputs)
+    target.write_groups(0, whole(codes), whole(scales), whole(lows))  # type: ignore[arg-type]  # only lows may be None
+
+
 def make_layer(
     kernels: ModuleType, bits: int, groups: int, minimums: bool, inputs: int, outputs: int, seed: int = 0
 ) -> Layer:
@@ -59,21 +88,10 @@ def make_layer(
         return generator.uniform(low, high, (outputs, count)).astype(np.float16).astype(np.float32)
 
     scales, lows = halves(-0.02, 0.02), halves(-0.3, 0.3) if minimums else None
-    size = kernels.panel_bytes(outputs, inputs, 0, bits, groups, minimums)
+    size = form_of(bits, groups, minimums).panel_bytes(inputs) * -(-outputs // 32)
     room = torch.zeros(size + 64, dtype=torch.uint8)
     panels = room[-room.data_ptr() % 64 :][:size]
-    kernels.pack_groups(
-        codes.ctypes.data,
-        scales.ctypes.data,
-        0 if lows is None else lows.ctypes.data,
-        BLOCK // groups,
-        panels.data_ptr(),
-        inputs,
-        0,
-        outputs,
-        bits,
-        groups,
-    )
+    pack(panels, codes, scales, lows, bits, groups)
     return Layer(bits, groups, codes, scales, lows, room, panels)
 
 
@@ -258,7 +276,7 @@ def test_scales_that_differ_by_output(kernels: ModuleType, level: str) -> None:
     before = linear(kernels, layer, x)
     scales = layer.scales.copy()
     scales[7] = 0
-    kernels.pack_groups(layer.codes.ctypes.data, scales.ctypes.data, 0, 16, layer.panels.data_ptr(), 96, 0, 40, 4, 2)
+    pack(layer.panels, layer.codes, scales, None, 4, 2)
     after = linear(kernels, replace(layer, scales=scales), x)
     assert (after[:, 7] == 0).all()
     others = [n for n in range(40) if n != 7]
