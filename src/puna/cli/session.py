@@ -19,12 +19,13 @@ import torch
 from puna.checkpoints import open_checkpoint
 from puna.cli.options import EngineFlags, ModelFlags, SamplingFlags
 from puna.cli.sampling import RequestSettings, num_bytes, request_settings
-from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
+from puna.config import CacheDtype, EngineConfig, GenerationConfig, LLaMAConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import CompletionOutput, PositionLogprobs, RequestDelta, RequestOutput
 from puna.engine.tokenizer import Tokenizer
 from puna.mapping import Mapping
 from puna.models.loading import resolved_config
+from puna.ops import cpu
 from puna.planning.memory_plan import Capacity, longest_context
 from puna.runtime.machine import peak_memory_bytes, usable_cpus
 
@@ -45,6 +46,7 @@ class OpenedModel:
     quantization: str | None
     context_length: int
     kv_cache_memory: int | None
+    kv_cache_dtype: CacheDtype
     enable_prefix_caching: bool
 
     @classmethod
@@ -72,6 +74,7 @@ class OpenedModel:
             quantization=quantization,
             context_length=asked or config.context_length,
             kv_cache_memory=cache,
+            kv_cache_dtype=engine_flags.kv_cache_dtype.value,
             enable_prefix_caching=not engine_flags.no_prefix_caching,
         )
 
@@ -94,6 +97,7 @@ class OpenedModel:
             max_num_seqs=1,
             max_num_batched_tokens=defaults.max_num_batched_tokens,
             block_size=defaults.block_size,
+            kv_cache_dtype=self.kv_cache_dtype,
         )
         fits = longest_context(self.config, Mapping(), capacity, cache_bytes)
         return dataclasses.replace(self, context_length=max(1, fits))
@@ -108,6 +112,7 @@ class OpenedModel:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory=self.kv_cache_memory,
+            kv_cache_dtype=self.kv_cache_dtype,
             enable_prefix_caching=self.enable_prefix_caching,
             seed=secrets.randbits(62),  # where no --seed is given, every run is to be another one
         )
@@ -334,6 +339,7 @@ def prepare_output() -> None:
 def set_threads(threads: int | None) -> None:
     # torch counts the processors, but knows nothing of a container's quota; threads beyond it wait for each other.
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()) if threads is None else threads)
+    cpu.set_threads(torch.get_num_threads())
 
 
 def usable_device(name: str) -> torch.device:
