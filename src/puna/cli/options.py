@@ -25,6 +25,14 @@ class DtypeName(str, enum.Enum):
     float16 = "float16"
 
 
+class CacheDtypeName(str, enum.Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+
+
 class Quantization(str, enum.Enum):
     bf16 = "bf16"
     int8 = "int8"
@@ -78,6 +86,10 @@ class EngineFlags:
         str | None,
         typer.Option(metavar="SIZE", help="Memory for keys and values, such as 2GiB.", rich_help_panel=_MODEL),
     ] = None
+    kv_cache_dtype: Annotated[
+        CacheDtypeName,
+        typer.Option(help="Number type of keys and values; auto is the model's.", rich_help_panel=_MODEL),
+    ] = CacheDtypeName.auto
     no_prefix_caching: Annotated[
         bool,
         typer.Option("--no-prefix-caching", help="Compute every prompt from its start.", rich_help_panel=_MODEL),

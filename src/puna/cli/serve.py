@@ -94,6 +94,7 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory=opened.kv_cache_memory,
+            kv_cache_dtype=opened.kv_cache_dtype,
             enable_prefix_caching=opened.enable_prefix_caching,
             max_waiting=max_queue,
             seed=secrets.randbits(62),  # requests without a seed are to differ between runs
