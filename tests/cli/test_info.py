@@ -266,5 +266,6 @@ def test_this_machine(puna: Run) -> None:
         assert set(machine["cpu_features"]) <= set(flags)
     done = puna("info")
     assert [line.split("  ")[0] for line in done.out.splitlines()] == [
-        *("puna", "python", "torch", "compiled kernels", "cpu features", "cpus", "threads", "accelerators")
+        *("puna", "python", "torch", "compiled kernels", "kernel level", "cpu features", "cpus", "threads"),
+        "accelerators",
     ]
