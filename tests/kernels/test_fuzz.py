@@ -252,6 +252,19 @@ def test_memory_in_any_order_is_read_right(child: Child, function: str, argument
                 "activation": "silu",
             },
         ),
+        (
+            "paged_attention",
+            {
+                "query": tensor(2, 2, 16),
+                "key_cache": tensor(3, 1, BLOCK_SIZE, 16),
+                "value_cache": tensor(3, 1, BLOCK_SIZE, 16),
+                "block_tables": tensor(2, 2, dtype="int32", values=[2, 1, 0, 1]),
+                "query_starts": tensor(3, dtype="int32", values=[0, 1, 3]),  # a third token
+                "sequence_lengths": tensor(2, dtype="int32", values=[20, 30]),
+                "scale": 0.3,
+                "sliding_window": None,
+            },
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(child: Child, function: str, arguments: dict[str, Any]) -> None:

@@ -316,6 +316,9 @@ def paged_attention(
             f"{sequences} sequences need as many rows of block_tables ({block_tables.shape[0]}) and one more of "
             f"query_starts ({query_starts.numel()})"
         )
+    # What is recorded is run with other numbers in these buffers later, which the engine answers for.
+    if _arena.get() is None and int(query_starts[-1]) > tokens:
+        raise ValueError(f"query has {tokens} tokens, but query_starts ends at {int(query_starts[-1])}")
     y = _empty((tokens, heads, size), query.dtype)
     width = block_tables.shape[1]
     _built().paged_attention(
