@@ -247,7 +247,41 @@ class ChatPrompt(Strict):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
 
 
+class Function(Strict):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _is_small(cls, value: Any) -> Any:
+        return _limited(value)
+
+    @property
+    def schema_(self) -> dict[str, Any]:
+        """Of the arguments; without parameters there are none."""
+        return self.parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    name: Name
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(SamplingRequest, ChatPrompt):
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -261,6 +295,14 @@ class ChatRequest(SamplingRequest, ChatPrompt):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
         return self
+
+    @property
+    def named_tool(self) -> str | None:
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def forces_tools(self) -> bool:
+        return self.tool_choice == "required" or self.named_tool is not None
 
 
 class TokenizeRequest(Strict):
