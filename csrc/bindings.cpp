@@ -410,6 +410,9 @@ void set_threads(int count) {
 
 NB_MODULE(_kernels, m) {
   using namespace puna;
+  // At the end of a process that has not closed its engine, recordings are still alive, and so what; a warning about it
+  // is nothing that a user could act on.
+  nb::set_leak_warnings(false);
   m.def("cpu_features", &cpu_features,
         "Instruction sets that this processor and its operating system support, as /proc/cpuinfo spells them.");
   m.def("supported_levels", &supported_levels, "The instruction levels of the kernels that run here, the best first.");

@@ -12,7 +12,7 @@ import pytest
 
 SOURCE: Final = Path(__file__).resolve().parent.parent / "src"
 AVX_FEATURES: Final = frozenset(["avx2", "fma", "f16c", "avx_vnni"])
-AVX512_FEATURES: Final = frozenset(["avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"])
+AVX512_FEATURES: Final = frozenset(["avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"])
 FEATURES: Final = AVX_FEATURES | AVX512_FEATURES | {"amx_int8", "amx_bf16"}
 SLOW_MODULES: Final = frozenset(["torch", "tokenizers", "transformers", "numpy", "jinja2", "rich", "typer"])
 
