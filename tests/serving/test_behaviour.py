@@ -181,9 +181,10 @@ def test_health_answers_while_the_model_loads(folder: Path) -> None:
             assert answer.status_code == 503
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["code"] == "engine_loading"
-        state.engine, state.phase = Engine.from_pretrained(str(folder)), "ready"
+        engine = Engine.from_pretrained(str(folder))
+        state.become_ready(engine)
         assert running.http.get("/ready").status_code == 200
-        state.engine.shutdown()
+        engine.shutdown()
 
 
 def run_life(load: Callable[[Callable[[str], None]], Engine], lines: list[str]) -> int:

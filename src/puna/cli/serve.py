@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import json
 import logging
 import os
 import secrets
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 _SERVER: Final = "Server"
 _KEY_VARIABLE: Final = "PUNA_API_KEY"
 _LOOPBACK: Final = ("127.", "localhost", "::1")
+
+
+class LogFormat(str, enum.Enum):
+    text = "text"
+    json = "json"
 
 
 @unbundle
@@ -55,6 +62,9 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds for running requests after SIGTERM.", rich_help_panel=_SERVER)
     ] = 30.0,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Lines for people, or a JSON object a line.", rich_help_panel=_SERVER)
+    ] = LogFormat.text,
 ) -> None:
     """Serve a model to OpenAI's clients: /v1/chat/completions, /v1/completions and more (docs/serving.md).
 
@@ -76,7 +86,7 @@ def serve(
             raise
         raise ValueError(f"the server needs {error.name}: pip install 'puna[serve]'") from error
     import_seconds = time.perf_counter() - began
-    _log_to_stderr()
+    _log_to_stderr(log_format)
     settings = ServerSettings(
         model_name=served_model_name or model_flags.model,
         api_keys=keys,
@@ -132,9 +142,21 @@ def _api_keys(flag: str | None, file: Path | None) -> tuple[str, ...]:
     return tuple(key.strip() for _, keys in found for key in keys)
 
 
-def _log_to_stderr() -> None:
+class _JsonFormatter(logging.Formatter):
+    """An object a line: time, level, logger, and the record's own fields or else its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
+        found |= record.__dict__.get("fields") or {"message": record.getMessage()}
+        if record.exc_info:
+            found["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(found)
+
+
+def _log_to_stderr(log_format: LogFormat) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_JsonFormatter() if log_format is LogFormat.json else text)
     for name, level in (("puna", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.setLevel(level)

@@ -59,6 +59,21 @@ class EngineParts:
     memory: MemoryPlan
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """How an engine is doing. `num_running` counts sequences; `cache_usage` is the part of the blocks in use, 1 is all.
+
+    Preemptions and the prompts' tokens that were looked for in the prefix cache, and found there, since the start.
+    """
+
+    num_running: int
+    num_waiting: int
+    cache_usage: float
+    num_preemptions: int
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
+
+
 class Engine:
     """Many requests at once over one model. Every method may be called from any thread.
 
@@ -201,6 +216,19 @@ class Engine:
     def failure(self) -> str | None:
         """Why the engine takes no more requests; None while nothing has gone wrong."""
         return self._failure
+
+    def statistics(self) -> EngineStatistics:
+        scheduler = self.parts.scheduler
+        with self._lock:
+            blocks = scheduler.blocks.utilization
+            return EngineStatistics(
+                num_running=scheduler.num_running,
+                num_waiting=scheduler.num_waiting,
+                cache_usage=blocks.in_use / max(1, blocks.in_use + blocks.cached + blocks.empty),
+                num_preemptions=scheduler.num_preemptions,
+                num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
+                num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            )
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; its listener gets a last delta. Without effect for one that is unknown or has ended."""

@@ -129,6 +129,11 @@ def _add_status(app: FastAPI, state: ServerState) -> None:
         state.ready_engine()
         return json_response({"status": "ready"})
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(await asyncio.to_thread(state.metrics.text), media_type="text/plain; version=0.0.4")
+
     @app.get("/version")
     async def version() -> Response:
         return json_response({"version": __version__})
@@ -187,14 +192,10 @@ class _Guard:
             if status == 0:
                 await engine_error().response()(scope, receive, answer)
         finally:
-            _log.info(
-                "%s %s %d %.3fs request_id=%s",
-                scope["method"],
-                scope["path"],
-                status,
-                time.perf_counter() - started,
-                request_id,
-            )
+            seconds = round(time.perf_counter() - started, 4)
+            method, path = scope["method"], scope["path"]
+            fields = {"method": method, "path": path, "status": status, "seconds": seconds, "request_id": request_id}
+            _log.info("%s %r %d %.3fs request_id=%s", *fields.values(), extra={"fields": fields})
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         header = headers.get(b"authorization", b"").decode("latin-1")

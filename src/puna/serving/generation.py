@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING
 
 from puna.engine.engine import Engine, Listener
 from puna.engine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
@@ -17,6 +17,13 @@ from puna.scheduling.scheduler import QueueFullError
 from puna.serving.errors import ApiError, bad_request
 from puna.serving.protocol import SamplingRequest
 from puna.serving.state import ServerState
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+# Which prompt's, what, and when.
+_Arrival = tuple[int, RequestDelta, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,10 @@ class Generation:
         self._engine = state.ready_engine()
         self._params = params
         self._request = request
-        self._deltas: asyncio.Queue[tuple[int, RequestDelta]] = asyncio.Queue()
+        self._deltas: asyncio.Queue[_Arrival] = asyncio.Queue()
+        self._started = time.perf_counter()
+        self._last_token: dict[tuple[int, int], float] = {}
+        self._has_begun: set[int] = set()  # prompts that have a token
         self._names: dict[int, str] = {}  # those that run
         self.outputs = [
             RequestOutput("", None, list(prompt), [CompletionOutput(index) for index in range(params.n)])
@@ -101,7 +111,7 @@ class Generation:
     async def parts(self, keep_alive: float | None = None) -> AsyncIterator[Part | None]:
         """What comes, until all is there; None after each `keep_alive` seconds of nothing. Raises ApiError."""
         while self._names:
-            batch: list[tuple[int, RequestDelta]] = []
+            batch: list[_Arrival] = []
             try:
                 batch.append(await asyncio.wait_for(self._deltas.get(), keep_alive))
             except asyncio.TimeoutError:
@@ -118,9 +128,10 @@ class Generation:
             pass
         return self.outputs
 
-    def _take(self, batch: list[tuple[int, RequestDelta]]) -> list[Part]:
+    def _take(self, batch: list[_Arrival]) -> list[Part]:
         parts: list[Part] = []
-        for index, delta in batch:
+        for index, delta, now in batch:
+            self._measure(index, delta, now)
             try:
                 self.outputs[index].add(delta)
             except RuntimeError:
@@ -140,9 +151,25 @@ class Generation:
         loop, put = asyncio.get_running_loop(), self._deltas.put_nowait
 
         def listen(delta: RequestDelta) -> None:
-            loop.call_soon_threadsafe(put, (index, delta))
+            loop.call_soon_threadsafe(put, (index, delta, time.perf_counter()))
 
         return listen
+
+    def _measure(self, index: int, delta: RequestDelta, now: float) -> None:
+        metrics = self._state.metrics
+        for completion in delta.completions:
+            key = index, completion.index
+            if completion.token_ids:
+                if index not in self._has_begun:
+                    self._has_begun.add(index)
+                    metrics.first_token(now - self._started, len(self.outputs[index].prompt_token_ids))
+                before = self._last_token.get(key)
+                metrics.tokens(len(completion.token_ids), None if before is None else now - before)
+                self._last_token[key] = now
+            if completion.finish_reason is not None:
+                metrics.ended(completion.finish_reason)
+        if delta.finished:
+            metrics.whole(now - self._started)
 
 
 def _joined(parts: list[Part]) -> list[Part]:

@@ -94,7 +94,7 @@ class ServerLife:
             await asyncio.wait({http, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             error = loading.exception() if loading.done() else None
             if error is None and loading.done():
-                self.state.engine, self.state.phase = loading.result(), "ready"
+                self.state.become_ready(loading.result())
                 self._tell()
                 await asyncio.wait({http, stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
             failed = error is not None or self.state.phase == "failed"

@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from puna.engine.engine import Engine
 from puna.serving.errors import ApiError
+from puna.serving.metrics import Metrics
 
 Phase = Literal["loading", "ready", "draining", "failed"]
 # Requests that ended within so many seconds tell when there will be room in the queue.
@@ -40,7 +41,17 @@ class ServerState:
     failure: str | None = None
     started: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
+    metrics: Metrics = field(init=False)
     _ended: deque[float] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.settings.model_name)
+        if self.engine is not None:
+            self.metrics.watch(self.engine)
+
+    def become_ready(self, engine: Engine) -> None:
+        self.engine, self.phase, self.step = engine, "ready", "ready"
+        self.metrics.watch(engine)
 
     def ready_engine(self) -> Engine:
         """Raises ApiError, status 503, where there is none."""
