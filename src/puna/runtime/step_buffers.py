@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,11 @@ class StepInputs:
     logits_ids: Tensor
     attention_params: AttentionParams
 
+    def with_angles(self, cos_sin: tuple[Tensor, Tensor]) -> StepInputs:
+        """The same with these rotary angles of the tokens."""
+        params = dataclasses.replace(self.attention_params, cos_sin=cos_sin)
+        return dataclasses.replace(self, attention_params=params)
+
 
 class StepBuffers:
     """Room for `max_tokens` tokens of `max_rows` sequences with `max_blocks` cache blocks each.
@@ -46,6 +52,7 @@ class StepBuffers:
         num_windows: int = 1,
     ) -> None:
         self.max_rows, self.block_size = max_rows, block_size
+        self.max_length = max_blocks * block_size  # tokens of one sequence
         self._device = torch.device(device)
         self._int64 = _Staged((4 + num_windows, max(max_tokens, max_rows)), torch.int64, self._device)
         self._int32 = _Staged((2, max_rows + 1), torch.int32, self._device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -50,8 +49,8 @@ class CpuStepGraph:
     """The compiled kernels of one step, recorded once and replayed in C++.
 
     A recording has the addresses of the inputs, so every step must come in the same buffers; what it reads there, such
-    as lengths and block tables, may change. Only the rotary angles are computed outside, and copied to where the
-    recording expects them.
+    as lengths and block tables, may change. With `angles`, what it gives for a step's rotary angles is computed outside
+    and copied to where the recording expects them; without, `forward` looks them up with kernels.
 
     The first step is run both ways. Raises NotRecordable where the two results differ in any bit, which is what comes
     of a torch operation between the kernels: it works on memory that holds nothing yet, and not again at replay.
@@ -60,17 +59,17 @@ class CpuStepGraph:
     def __init__(
         self,
         forward: Callable[[StepInputs], Tensor],
-        angles: Callable[[StepInputs], tuple[Tensor, Tensor]],
+        angles: Callable[[StepInputs], tuple[Tensor, Tensor]] | None,
         inputs: StepInputs,
         arena: cpu.Arena,
     ) -> None:
         self._angles = angles
-        cos, sin = angles(inputs)
-        self._cos_sin = cos.clone(), sin.clone()
         self._addresses = _addresses(inputs)
         self._arena = arena  # holds what the kernels write to
-        params = dataclasses.replace(inputs.attention_params, cos_sin=self._cos_sin)
-        inputs = dataclasses.replace(inputs, attention_params=params)
+        if angles is not None:
+            cos, sin = angles(inputs)
+            self._cos_sin = cos.clone(), sin.clone()
+            inputs = inputs.with_angles(self._cos_sin)
         first_logits = forward(inputs)
         with cpu.recording(arena) as recording:
             logits = forward(inputs)
@@ -89,8 +88,9 @@ class CpuStepGraph:
     def run(self, inputs: StepInputs) -> Tensor:
         if _addresses(inputs) != self._addresses:
             raise ValueError("a recorded step must come in the buffers that it was recorded with")
-        for kept, angles in zip(self._cos_sin, self._angles(inputs), strict=True):
-            kept.copy_(angles)
+        if self._angles is not None:
+            for kept, angles in zip(self._cos_sin, self._angles(inputs), strict=True):
+                kept.copy_(angles)
         self._recording.replay()
         return self._logits
 
@@ -98,5 +98,12 @@ class CpuStepGraph:
 def _addresses(inputs: StepInputs) -> tuple[tuple[int, torch.Size], ...]:
     params = inputs.attention_params
     tables = (tensor for table in params.cache_tables for tensor in (table.block_tables, table.slot_mapping))
-    tensors = (inputs.input_ids, inputs.logits_ids, params.query_starts, params.sequence_lengths, *tables)
+    tensors = (
+        inputs.input_ids,
+        inputs.position_ids,
+        inputs.logits_ids,
+        params.query_starts,
+        params.sequence_lengths,
+        *tables,
+    )
     return tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
