@@ -21,6 +21,7 @@ BAD_TEXT: tuple[tuple[dict[str, Any], str], ...] = (
     ({"n": 2, "temperature": 0}, "n"),
     ({"n": True}, "n"),
     ({"top_p": 0}, "top_p"),
+    ({"repetition_penalty": 1e308}, "repetition_penalty"),
     ({"logprobs": 21}, "logprobs"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
