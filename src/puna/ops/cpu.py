@@ -114,7 +114,7 @@ class Arena:
             if free >= size:
                 self._free[i : i + 1] = [(address + size, free - size)] if free > size else []
                 return address
-        chunk = mmap.mmap(-1, max(size, self._CHUNK))
+        chunk = mmap.mmap(-1, max(size, self._CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         start = ctypes.addressof(ctypes.c_char.from_buffer(chunk))
         self._chunks.append((start, chunk))
         self._give_back(start, len(chunk))

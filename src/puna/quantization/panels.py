@@ -14,8 +14,12 @@ from puna.ops.panels import BLOCK, PanelFormat, Panels
 from puna.quantization.groups import GroupQuantized
 from puna.quantization.rounding import round_to_groups
 
-# Weights that are converted at a time: 16 MiB in float32, a few times that with what the conversion makes on its way.
-_CHUNK = 1 << 22
+# Weights that are converted at a time: 4 MiB in float32, and a few times that with what the conversion makes.
+_CHUNK = 1 << 20
+
+
+def _rows_at_a_time(inputs: int) -> int:
+    return max(1, _CHUNK // inputs // BLOCK) * BLOCK
 
 
 class _PanelFormat(ABC):
@@ -37,7 +41,7 @@ class _PanelFormat(ABC):
 
     def write(self, parameters: Mapping[str, Tensor], rows: slice, dense: Tensor) -> None:
         panels = self.panels(parameters)
-        step = max(1, _CHUNK // self.inputs // BLOCK) * BLOCK
+        step = _rows_at_a_time(self.inputs)
         for start in range(0, dense.shape[0], step):
             self._write(panels, rows.start + start, dense[start : start + step])
         self._clear_padding(panels, rows)
@@ -98,12 +102,15 @@ class GroupPanels(_PanelFormat):
         panels.write_groups(first, *round_to_groups(dense, self.form))
 
     def write_groups(self, parameters: Mapping[str, Tensor], rows: slice, groups: GroupQuantized) -> None:
-        fitting = self._fitting(groups)
-        if fitting is None:
-            self.write(parameters, rows, groups.dequantize())
-            return
         panels = self.panels(parameters)
-        panels.write_groups(rows.start, *fitting)
+        step = _rows_at_a_time(self.inputs)
+        for start in range(0, groups.shape[0], step):
+            part = groups.rows(slice(start, start + step))
+            fitting = self._fitting(part)
+            if fitting is None:
+                self._write(panels, rows.start + start, part.dequantize())
+            else:
+                panels.write_groups(rows.start + start, *fitting)
         self._clear_padding(panels, rows)
 
     def _fitting(self, groups: GroupQuantized) -> tuple[Tensor, Tensor, Tensor | None] | None:
