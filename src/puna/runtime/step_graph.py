@@ -81,10 +81,6 @@ class CpuStepGraph:
         if not torch.equal(self._logits.view(torch.uint8), first_logits.view(torch.uint8)):
             raise NotRecordable("something between the kernels is not one of them")
 
-    @property
-    def num_kernels(self) -> int:
-        return len(self._recording)
-
     def run(self, inputs: StepInputs) -> Tensor:
         if _addresses(inputs) != self._addresses:
             raise ValueError("a recorded step must come in the buffers that it was recorded with")
