@@ -66,7 +66,7 @@ def serve(
         LogFormat, typer.Option(help="Lines for people, or a JSON object a line.", rich_help_panel=_SERVER)
     ] = LogFormat.text,
 ) -> None:
-    """Serve a model to OpenAI's clients: /v1/chat/completions, /v1/completions and more (docs/serving.md).
+    """Serve a model to OpenAI's clients: /v1/chat/completions, /v1/completions and more (docs/server.md).
 
     Needs the extra `serve`. Example: puna serve --model demo
     """
