@@ -13,13 +13,18 @@ PYTEST_ARGS ?= -n 2
 PEERS := .venv-peers
 BENCH_ARGS ?=
 
-.PHONY: demo test sanitize lint format bench clean
+.PHONY: demo test test-clients sanitize lint format bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/puna generate --model demo --echo --seed 1 --stats "Once upon a time"
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The server with the clients that people have, by fuzzing, and its page in Chromium (apt-get install chromium).
+test-clients: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -c constraints-clients.txt -r tests/clients/requirements.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/clients
 
 # The kernels' tests under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer.
 sanitize: $(INSTALLED)
