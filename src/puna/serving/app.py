@@ -132,6 +132,7 @@ def _add_status(app: FastAPI, state: ServerState) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """For Prometheus."""
+        state.metrics.tasks.set(len(asyncio.all_tasks()))
         return Response(await asyncio.to_thread(state.metrics.text), media_type="text/plain; version=0.0.4")
 
     @app.get("/version")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -35,6 +35,10 @@ class Metrics:
         self._first_token = self._histogram("vllm:time_to_first_token_seconds", "From request to first token.", _LONG)
         self._between = self._histogram("vllm:inter_token_latency_seconds", "Between two tokens of a text.", _SHORT)
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "From request to last token.", _LONG)
+
+        # Requests and connections are tasks: a server at rest has always the same number.
+        tasks = Gauge("puna:event_loop_tasks", "Tasks of the event loop.", ["model_name"], registry=self.registry)
+        self.tasks = tasks.labels(model_name)
 
     def watch(self, engine: Engine) -> None:
         """Also tell how this engine is doing, as it is when it is asked for."""
