@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from puna.engine.detokenizer import Detokenizer
-from puna.engine.outputs import BeamSequence, CompletionDelta, Logprob, PositionLogprobs, RequestDelta
+from puna.engine.outputs import BeamSequence, CompletionDelta, Logprob, PositionLogprobs, RequestDelta, RequestStart
 from puna.engine.stop_strings import StopStrings
 from puna.engine.tokenizer import Tokenizer
 from puna.scheduling.events import BeamEvent, Event, PromptEvent, SequenceEvent
@@ -35,6 +35,7 @@ class OutputProcessor:
         self._stop_sequence = stop_sequence
         count = 0 if request.beams is not None else request.params.n
         self._completions = [_Completion(request, tokenizer) for _ in range(count)]
+        self.start: RequestStart | None = None
         self._prompt_logprobs: list[PositionLogprobs | None] = [None] * len(request.prompt_token_ids)
 
     def process(self, events: list[Event]) -> RequestDelta:
@@ -45,6 +46,8 @@ class OutputProcessor:
         finished = False
         for event in events:
             if isinstance(event, SequenceEvent):
+                if self.start is None and event.sequence.started_at is not None:
+                    self.start = RequestStart(event.sequence.started_at, event.sequence.num_cached)
                 error = error or event.error
                 if not self._completions[event.sequence.index].finished:
                     completions.append(self._completion(event))
@@ -71,6 +74,7 @@ class OutputProcessor:
             beams,
             finished,
             error,
+            self.start,
         )
 
     def _completion(self, event: SequenceEvent) -> CompletionDelta:

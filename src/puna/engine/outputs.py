@@ -47,8 +47,19 @@ class BeamSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestStart:
+    """When a request was first planned, as a time of `time.monotonic`, and how much of its prompt was cached then."""
+
+    time: float
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestDelta:
-    """What one step brought a request. `error` is why it failed; `finished`: nothing more will come."""
+    """What one step brought a request. `error` is why it failed; `finished`: nothing more will come.
+
+    `start` is there from the first delta on, but for beams and where the request ended before it was planned.
+    """
 
     request_id: str
     completions: tuple[CompletionDelta, ...] = ()
@@ -56,6 +67,7 @@ class RequestDelta:
     beams: tuple[BeamSequence, ...] | None = None
     finished: bool = False
     error: str | None = None
+    start: RequestStart | None = None
 
 
 @dataclass(slots=True)

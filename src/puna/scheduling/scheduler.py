@@ -67,7 +67,8 @@ _PENDING: Final = (PENDING_TOKEN,)
 class _Step:
     """The plan in the making."""
 
-    def __init__(self, budget: int, scored_budget: int) -> None:
+    def __init__(self, now: float, budget: int, scored_budget: int) -> None:
+        self.now = now
         self.budget = budget
         self.scored_budget = scored_budget
         self.rows: list[StepRow] = []
@@ -170,7 +171,7 @@ class Scheduler:
         self._expire(now)
         self._num_plans += 1
         self._waiting.mark_overdue(self._num_plans)
-        step = _Step(self.limits.max_num_batched_tokens, self.limits.max_scored_tokens)
+        step = _Step(now, self.limits.max_num_batched_tokens, self.limits.max_scored_tokens)
         # The tokens that users wait for come first; prompts share what is left of the budget.
         longer = []
         for group in sorted(self._running, key=_urgency):
@@ -371,8 +372,11 @@ class Scheduler:
             self._waiting.remove(group)
             self._running[group] = None
             seats += group.seats
-            self.num_prefix_hit_tokens += sum(sequence.num_computed for sequence in group.sequences)
-            self.num_prefix_query_tokens += sum(sequence.num_tokens for sequence in group.sequences)
+            for sequence in group.sequences:
+                if sequence.started_at is None:  # else it was preempted, and looks for its own blocks
+                    sequence.started_at, sequence.num_cached = step.now, sequence.num_computed
+                    self.num_prefix_hit_tokens += sequence.num_computed
+                    self.num_prefix_query_tokens += sequence.num_tokens
             self._add_rows(group, counts, step)
 
     def _preempt(self, group: Group, step: _Step) -> None:

@@ -48,6 +48,9 @@ class Sequence:
     `tables` are its blocks, one list for each window that layers have; none while it waits. Of these the first
     `num_published` are findable by others, and in each table the first `num_unseen` are given back. All of this is
     BlockManager's, which has something to do with it again once `settle_at` positions are computed.
+
+    `started_at`: when it was first planned, in the clock of `Scheduler.plan`; then `num_cached` of its tokens were found
+    in the cache. A preemption changes neither.
     """
 
     __slots__ = (
@@ -55,6 +58,7 @@ class Sequence:
         "finish_reason",
         "hashes",
         "index",
+        "num_cached",
         "num_computed",
         "num_pending",
         "num_published",
@@ -63,6 +67,7 @@ class Sequence:
         "request",
         "sequence_id",
         "settle_at",
+        "started_at",
         "tables",
         "token_ids",
     )
@@ -81,6 +86,8 @@ class Sequence:
         self.num_unseen: list[int] = []
         self.hashes: list[bytes] = []
         self.finish_reason: FinishReason | None = None
+        self.started_at: float | None = None
+        self.num_cached = 0
         self._block_ids: tuple[tuple[int, ...], ...] | None = None
 
     @property
@@ -108,4 +115,5 @@ class Sequence:
         twin.tables = [list(table) for table in self.tables]
         twin.num_unseen = list(self.num_unseen)
         twin.hashes = list(self.hashes)
+        twin.started_at, twin.num_cached = self.started_at, self.num_cached
         return twin
