@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from puna.serving.errors import dumps
+
 CHAT: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 TEXT: dict[str, Any] = {"model": "small", "prompt": "hi", "max_tokens": 1}
 
@@ -118,6 +120,15 @@ def test_models_and_versions(server: Any) -> None:
     assert server.http.get("/version").json()["version"]
     assert server.http.get("/health").json()["status"] == "ready"
     assert server.http.get("/ready").status_code == 200
+
+
+def test_json_is_one_line_for_every_client() -> None:
+    text = "a\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029€😀"
+    line = dumps({"text": text})
+    assert json.loads(line) == {"text": text}
+    assert len(line.decode().splitlines()) == 1
+    assert "€😀".encode() in line
+    assert json.loads(dumps(["\ud800€"])) == ["\ud800€"]
 
 
 def test_keys(serve: Any) -> None:

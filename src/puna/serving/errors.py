@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from fastapi import HTTPException, Response
+
+# httpx and requests end lines here, too: their clients would see half an event.
+_LINE_ENDS: Final = re.compile("[\x85\u2028\u2029]")
 
 
 class ApiError(HTTPException):
@@ -64,10 +68,13 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
 
 
 def dumps(value: Any) -> bytes:
-    """JSON as UTF-8; escaped where a text that the client sent could not be encoded (half a surrogate pair)."""
+    """JSON as UTF-8, in one line whatever a client takes for a line's end."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    if not text.isascii():
+        text = _LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which the client sent
         return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
