@@ -91,7 +91,7 @@ class Order:
     again: bool = False
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, context: int = CONTEXT, chat_template: str | None = None) -> None:
     """One layer over single bytes; its texts end now and then."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
@@ -100,9 +100,10 @@ def make_model(folder: Path) -> None:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": chat_template}))
     shape = {"num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_size": 8, "hidden_size": 16}
-    config = LLaMAConfig(**shape, mlp_hidden_size=24, vocab_size=len(vocabulary), max_position_embeddings=CONTEXT)
+    config = LLaMAConfig(**shape, mlp_hidden_size=24, vocab_size=len(vocabulary), max_position_embeddings=context)
     torch.manual_seed(0)
     model = LLaMAForCausalLM(config)
     with torch.no_grad():
