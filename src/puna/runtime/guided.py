@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from puna.runtime.ebnf import Grammar
-from puna.scheduling.sampling_params import GuidedDecoding
+from puna.runtime.guided_spans import after_reasoning, lark_literal, lark_mark, spans_lark
+from puna.scheduling.sampling_params import GuidedDecoding, GuidedSpans, ReasoningMarks
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -33,6 +34,10 @@ _JSON_ESCAPES = 'nrbtf\\"'
 _CONTROL = re.compile(r"\\u00(?:[01][0-9a-f]|7f)")
 _KEYS_TO_SCHEMAS = frozenset(["properties", "patternProperties", "$defs", "definitions", "dependentSchemas"])
 _KEYS_TO_DATA = frozenset(["enum", "const", "default", "examples", "required", "type"])
+
+
+class UnenforceableError(ValueError):
+    """A constraint that is written well and that cannot be held to: unsatisfiable, or of a kind that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,20 +163,37 @@ class GrammarCompiler:
     def _compile(self, lark: str, backend: _Backend) -> CompiledGrammar:
         matcher = backend.library.LLMatcher(backend.tokenizer, _HEADER + lark, log_level=0, limits=backend.limits)
         if matcher.is_error():
-            raise ValueError(f"the grammar cannot be compiled: {_first_lines(matcher.get_error())}")
+            # Schemas are read before they come here; of the others this is where their spelling shows.
+            kind = UnenforceableError if "%json" in lark else ValueError
+            raise kind(f"the grammar cannot be compiled: {_first_lines(matcher.get_error())}")
         compiled = CompiledGrammar(matcher, self._eos, self._vocab_size)
         # The first mask finds grammars that allow nothing, and warms the state that all matchers share.
         try:
             compiled.matcher().fill_bitmask(torch.empty(compiled.num_words, dtype=torch.int32))
         except ValueError as error:
-            raise ValueError("the grammar allows no text at all, or none that this vocabulary can spell") from error
+            raise UnenforceableError(
+                "the grammar allows no text at all, or none that this vocabulary can spell"
+            ) from error
         return compiled
 
     def _to_lark(self, guided: GuidedDecoding, backend: _Backend) -> str:
+        if guided.spans is not None:
+            return self._spans_lark(guided.spans, guided.reasoning)
+        lark = self._body_lark(guided, backend)
+        return lark if guided.reasoning is None else after_reasoning(guided.reasoning, lark)
+
+    def _spans_lark(self, spans: GuidedSpans, reasoning: ReasoningMarks | None) -> str:
+        bodies = []
+        for marks, schema in spans.bodies:
+            checked = _checked_schema(schema, self.limits.schema_bytes)
+            bodies.append(" ".join([*map(lark_mark, marks), _json(checked)]))
+        return spans_lark(spans, bodies, reasoning)
+
+    def _body_lark(self, guided: GuidedDecoding, backend: _Backend) -> str:
         if guided.json_object:
-            return _json_rule({"type": "object"})
+            return "start: " + _json({"type": "object"})
         if guided.json_schema is not None:
-            return _json_rule(_checked_schema(guided.json_schema, self.limits.schema_bytes))
+            return "start: " + _json(_checked_schema(guided.json_schema, self.limits.schema_bytes))
         if guided.regex is not None:
             _check_size("regex", len(guided.regex), self.limits.regex_length, "characters")
             return f"start: /{backend.library.regex_to_lark(_without_anchors(guided.regex), '')}/"
@@ -181,7 +203,7 @@ class GrammarCompiler:
         choices = list(dict.fromkeys(guided.choice or ()))
         _check_size("choice", len(choices), self.limits.choices, "texts")
         _check_size("choice", sum(len(text.encode()) for text in choices), self.limits.choice_bytes, "bytes")
-        return "start: CHOICE\nCHOICE: " + " | ".join(map(_literal, choices))
+        return "start: CHOICE\nCHOICE: " + " | ".join(map(lark_literal, choices))
 
 
 class CompiledGrammar:
@@ -274,10 +296,6 @@ def _first_lines(error: str) -> str:
     return " ".join(re.sub(r"^at \d+\(\d+\): ", "", line).strip() for line in lines)[:500]
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
 def _without_anchors(regex: str) -> str:
     """Without '^' first and '$' last, which say nothing where the whole text must match."""
     regex = regex.removeprefix("^")
@@ -286,9 +304,9 @@ def _without_anchors(regex: str) -> str:
     return regex if is_escaped else body
 
 
-def _json_rule(schema: Mapping[str, Any]) -> str:
+def _json(schema: Mapping[str, Any]) -> str:
     options = {"whitespace_pattern": _JSON_WHITESPACE, "json_allowed_escapes": _JSON_ESCAPES}
-    return "start: %json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
 
 
 def _checked_schema(schema: str | Mapping[str, Any], max_bytes: int) -> Mapping[str, Any]:

@@ -23,9 +23,37 @@ _WHOLE_NUMBERS: Final = (
 )
 
 
+# What stands in a text to tell its parts apart: characters, or the id of a special token, which has none.
+Mark = str | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningMarks:
+    """Around reasoning, which comes before a text's constraint holds. `is_open`: the prompt has written `begin`."""
+
+    begin: Mark
+    end: Mark
+    is_open: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedSpans:
+    """Free text in which spans are constrained, such as calls of functions.
+
+    A span follows a `begin` and is one of `bodies`, each with marks that stand before it and the schema of its JSON;
+    `end` stands behind it. Where `begin` is None a text is either spans, with semicolons between, or free and then it
+    does not begin with a brace.
+    """
+
+    begin: Mark | None
+    bodies: Sequence[tuple[Sequence[Mark], Mapping[str, Any]]]
+    end: Mark | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuidedDecoding:
-    """A constraint on the text: exactly one of a JSON schema, any JSON object, a regex, an EBNF grammar or a choice.
+    """A constraint on the text: exactly one of a JSON schema, any JSON object, a regex, an EBNF grammar, a choice or
+    spans. With `reasoning`, such a block may come first (and must, where it is open).
 
     Raises ValueError unless exactly one is given; whether it can be compiled is checked when the request is added.
     """
@@ -35,9 +63,11 @@ class GuidedDecoding:
     regex: str | None = None
     grammar: str | None = None
     choice: Sequence[str] | None = None
+    spans: GuidedSpans | None = None
+    reasoning: ReasoningMarks | None = None
 
     def __post_init__(self) -> None:
-        given = (self.json_schema, self.json_object or None, self.regex, self.grammar, self.choice)
+        given = (self.json_schema, self.json_object or None, self.regex, self.grammar, self.choice, self.spans)
         if sum(value is not None for value in given) != 1:
             raise ValueError("guided decoding takes exactly one of json_schema, json_object, regex, grammar and choice")
         if self.choice is not None and (not self.choice or isinstance(self.choice, str) or "" in self.choice):
