@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -41,6 +42,7 @@ from puna.scheduling.sequence import Request
 from puna.scheduling.step_plan import StepPlan, StepResult
 
 Listener = Callable[[RequestDelta], None]
+_STEP_SIZES: Final = 16  # up to 16,384 tokens, and more
 _NOTHING = StepResult((), {}, {}, {})
 _log = logging.getLogger(__name__)
 
@@ -63,7 +65,9 @@ class EngineParts:
 class EngineStatistics:
     """How an engine is doing. `num_running` counts sequences; `cache_usage` is the part of the blocks in use, 1 is all.
 
-    Preemptions and the prompts' tokens that were looked for in the prefix cache, and found there, since the start.
+    `num_blocks` are those of the first of the model's windows. Since the start: preemptions, the prompts' tokens that
+    were looked for in the prefix cache, and found there; `num_steps_by_size`, the steps of at most 2 ** index tokens
+    that the entry before does not count (the last one has all that are larger), and the tokens of all steps.
     """
 
     num_running: int
@@ -72,6 +76,9 @@ class EngineStatistics:
     num_preemptions: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
+    num_blocks: int
+    num_steps_by_size: tuple[int, ...]
+    num_step_tokens: int
 
 
 class Engine:
@@ -93,6 +100,8 @@ class Engine:
         # By the request itself (its id()), not by its name: a name may be taken again once its request has ended, while
         # that one's last events still wait to be delivered.
         self._processors: dict[int, tuple[OutputProcessor, Listener]] = {}
+        self._steps_by_size = [0] * _STEP_SIZES
+        self._step_tokens = 0
         self._stopping = False
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="puna-engine", daemon=True)
@@ -228,6 +237,9 @@ class Engine:
                 num_preemptions=scheduler.num_preemptions,
                 num_prefix_query_tokens=scheduler.num_prefix_query_tokens,
                 num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+                num_blocks=self.parts.memory.num_blocks[0],
+                num_steps_by_size=tuple(self._steps_by_size),
+                num_step_tokens=self._step_tokens,
             )
 
     def cancel(self, request_id: str) -> None:
@@ -335,6 +347,9 @@ class Engine:
 
     def _advance(self, plan: StepPlan | None, in_flight: Future[StepResult] | None) -> Future[StepResult] | None:
         """Starts the plan behind the step that runs, then takes over that one's result."""
+        if plan is not None and (count := plan.num_tokens) > 0:
+            self._steps_by_size[min((count - 1).bit_length(), _STEP_SIZES - 1)] += 1
+            self._step_tokens += count
         started = None if plan is None else self.parts.executor.submit(plan)
         result = _NOTHING if in_flight is None else in_flight.result()
         with self._lock:

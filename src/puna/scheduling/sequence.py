@@ -49,8 +49,8 @@ class Sequence:
     `num_published` are findable by others, and in each table the first `num_unseen` are given back. All of this is
     BlockManager's, which has something to do with it again once `settle_at` positions are computed.
 
-    `started_at`: when it was first planned, in the clock of `Scheduler.plan`; then `num_cached` of its tokens were found
-    in the cache. A preemption changes neither.
+    `started_at`: when it was first planned, in the clock of `Scheduler.plan`; `num_cached` of its tokens were found in
+    the cache then. A preemption changes neither.
     """
 
     __slots__ = (

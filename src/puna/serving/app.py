@@ -20,6 +20,7 @@ from puna.serving.completions import Completion
 from puna.serving.errors import ApiError, bad_request, json_response, validation_error
 from puna.serving.generation import encoded, engine_error
 from puna.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from puna.serving.record import RequestRecord
 from puna.serving.state import ServerState, is_authorized
 from puna.serving.streaming import EventStream, until_gone
 
@@ -52,11 +53,11 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await respond(Completion(state, body, request.state.request_id), bool(body.stream), request)
+        return await respond(Completion(state, body, request.state.record), bool(body.stream), request)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await respond(Chat(state, body, request.state.request_id), bool(body.stream), request)
+        return await respond(Chat(state, body, request.state.record), bool(body.stream), request)
 
 
 def _add_text(app: FastAPI, state: ServerState) -> None:
@@ -142,7 +143,8 @@ def _add_status(app: FastAPI, state: ServerState) -> None:
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> Response:
+    async def refused(request: Request, error: ApiError) -> Response:
+        request.state.record.error = error.code
         return error.response()
 
     @app.exception_handler(RequestValidationError)
@@ -172,8 +174,9 @@ class _Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.perf_counter(), 0
+        record = RequestRecord(request_id=request_id)
+        scope.setdefault("state", {})["record"] = record
+        status = 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -186,6 +189,7 @@ class _Guard:
             self._check(scope, headers)
             await self._app(scope, self._limited(receive), answer)
         except ApiError as error:
+            record.error = error.code
             if status == 0:
                 await error.response()(scope, receive, answer)
         except Exception:
@@ -193,10 +197,9 @@ class _Guard:
             if status == 0:
                 await engine_error().response()(scope, receive, answer)
         finally:
-            seconds = round(time.perf_counter() - started, 4)
-            method, path = scope["method"], scope["path"]
-            fields = {"method": method, "path": path, "status": status, "seconds": seconds, "request_id": request_id}
-            _log.info("%s %r %d %.3fs request_id=%s", *fields.values(), extra={"fields": fields})
+            _log_answer(scope, status, record)
+            handler = getattr(scope.get("route"), "path", "none")
+            self._state.metrics.answered(handler, scope["method"], status or _GONE)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         header = headers.get(b"authorization", b"").decode("latin-1")
@@ -223,3 +226,12 @@ class _Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._state.settings.max_body_bytes} bytes", code="too_large")
+
+
+def _log_answer(scope: Scope, status: int, record: RequestRecord) -> None:
+    """A line for people; its parts for programs."""
+    seconds = round(time.monotonic() - record.arrived, 4)
+    fields = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": seconds}
+    rest = record.fields()
+    words = "".join(f" {name}={value}" for name, value in rest.items() if value is not None)
+    _log.info("%s %r %d %.3fs%s", *fields.values(), words, extra={"fields": fields | rest})

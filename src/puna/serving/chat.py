@@ -15,6 +15,7 @@ from puna.serving.generation import Generation
 from puna.serving.logprobs import chat_logprobs, prompt_logprobs
 from puna.serving.message import MessageWriter, joined
 from puna.serving.protocol import ChatRequest, Message, Tool
+from puna.serving.record import RequestRecord
 from puna.serving.sampling import sampling_params
 from puna.serving.state import ServerState
 from puna.serving.tools import Dialect, dialect_of, forcing, offered_tools, parser_for
@@ -23,11 +24,12 @@ from puna.serving.tools import Dialect, dialect_of, forcing, offered_tools, pars
 class Chat:
     """One request from its fields to its answer. `start` first; then either `answer` or `chunks`."""
 
-    def __init__(self, state: ServerState, request: ChatRequest, answer_id: str) -> None:
+    def __init__(self, state: ServerState, request: ChatRequest, record: RequestRecord) -> None:
         self._state = state
         self._request = request
+        self._record = record
         self._tokenizer = state.ready_engine().parts.tokenizer
-        self._id = f"chatcmpl-{answer_id}"
+        self._id = f"chatcmpl-{record.request_id}"
         self._tools: list[Tool] = []
         self._dialect: Dialect | None = None
         self._created = int(time.time())
@@ -61,7 +63,7 @@ class Chat:
             guided=forcing(request, self._tools),
             **overrides,
         )
-        return await Generation(self._state, [token_ids], params, request).start()
+        return await Generation(self._state, [token_ids], params, request, self._record).start()
 
     async def answer(self, generation: Generation) -> dict[str, Any]:
         request = self._request

@@ -12,6 +12,7 @@ from puna.serving.errors import bad_request
 from puna.serving.generation import Generation, Part, encoded
 from puna.serving.logprobs import CompletionLogprobs, prompt_logprobs
 from puna.serving.protocol import MAX_PROMPTS, CompletionRequest
+from puna.serving.record import RequestRecord
 from puna.serving.sampling import sampling_params
 from puna.serving.state import ServerState
 
@@ -21,11 +22,12 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 class Completion:
     """One request from its fields to its answer. `start` first; then either `answer` or `chunks`."""
 
-    def __init__(self, state: ServerState, request: CompletionRequest, answer_id: str) -> None:
+    def __init__(self, state: ServerState, request: CompletionRequest, record: RequestRecord) -> None:
         self._state = state
         self._request = request
+        self._record = record
         self._tokenizer = state.ready_engine().parts.tokenizer
-        self._head = {"id": f"cmpl-{answer_id}", "object": "text_completion", "created": int(time.time())}
+        self._head = {"id": f"cmpl-{record.request_id}", "object": "text_completion", "created": int(time.time())}
         self._n = request.n or 1
         self._texts: list[str] = []
 
@@ -66,7 +68,7 @@ class Completion:
                 else await asyncio.to_thread(decode, p, request.skip_special_tokens is not False)
                 for p in prompts
             ]
-        return await Generation(self._state, token_ids, params, request).start()
+        return await Generation(self._state, token_ids, params, request, self._record).start()
 
     async def answer(self, generation: Generation) -> dict[str, Any]:
         async with generation:

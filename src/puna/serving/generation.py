@@ -16,14 +16,15 @@ from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import QueueFullError
 from puna.serving.errors import ApiError, bad_request
 from puna.serving.protocol import SamplingRequest
+from puna.serving.record import RequestMeter, RequestRecord
 from puna.serving.state import ServerState
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Which prompt's, what, and when.
-_Arrival = tuple[int, RequestDelta, float]
+# Which prompt's, and what.
+_Arrival = tuple[int, RequestDelta]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +43,21 @@ class Generation:
     """
 
     def __init__(
-        self, state: ServerState, prompts: Sequence[Sequence[int]], params: SamplingParams, request: SamplingRequest
+        self,
+        state: ServerState,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        request: SamplingRequest,
+        record: RequestRecord,
     ) -> None:
         self._state = state
         self._engine = state.ready_engine()
         self._params = params
         self._request = request
         self._deltas: asyncio.Queue[_Arrival] = asyncio.Queue()
-        self._started = time.perf_counter()
-        self._last_token: dict[tuple[int, int], float] = {}
-        self._has_begun: set[int] = set()  # prompts that have a token
+        self._record = record
+        self._meter = RequestMeter(state.metrics, record, params)
+        record.model = state.settings.model_name
         self._names: dict[int, str] = {}  # those that run
         self.outputs = [
             RequestOutput("", None, list(prompt), [CompletionOutput(index) for index in range(params.n)])
@@ -61,12 +67,13 @@ class Generation:
     async def start(self) -> Self:
         """Submits. Raises ApiError for what the engine refuses, and then leaves nothing behind."""
         request, engine = self._request, self._engine
-        stem = uuid.uuid4().hex
+        stem = f"{self._record.request_id}-{uuid.uuid4().hex[:8]}"  # clients may give one id to several requests
         try:
             if self._params.guided is not None:
                 # Kept by the compiler, so that submit only looks it up.
                 await asyncio.to_thread(engine.parts.grammars.compile, self._params.guided)
             for index, output in enumerate(self.outputs):
+                self._meter.submitted(index, output.prompt_token_ids, time.monotonic())
                 output.request_id = engine.submit(
                     output.prompt_token_ids,
                     self._params,
@@ -104,7 +111,8 @@ class Generation:
 
     def cancel(self) -> None:
         """Ends what still runs; its blocks are free before the next step."""
-        for name in self._names.values():
+        for index, name in self._names.items():
+            self._meter.left(index)
             self._engine.cancel(name)
         self._names.clear()
 
@@ -130,8 +138,7 @@ class Generation:
 
     def _take(self, batch: list[_Arrival]) -> list[Part]:
         parts: list[Part] = []
-        for index, delta, now in batch:
-            self._measure(index, delta, now)
+        for index, delta in batch:
             try:
                 self.outputs[index].add(delta)
             except RuntimeError:
@@ -148,28 +155,16 @@ class Generation:
         return parts
 
     def _listener(self, index: int) -> Listener:
-        loop, put = asyncio.get_running_loop(), self._deltas.put_nowait
+        loop = asyncio.get_running_loop()
+
+        def arrived(delta: RequestDelta, now: float) -> None:
+            self._meter.took(index, delta, now)
+            self._deltas.put_nowait((index, delta))
 
         def listen(delta: RequestDelta) -> None:
-            loop.call_soon_threadsafe(put, (index, delta, time.perf_counter()))
+            loop.call_soon_threadsafe(arrived, delta, time.monotonic())
 
         return listen
-
-    def _measure(self, index: int, delta: RequestDelta, now: float) -> None:
-        metrics = self._state.metrics
-        for completion in delta.completions:
-            key = index, completion.index
-            if completion.token_ids:
-                if index not in self._has_begun:
-                    self._has_begun.add(index)
-                    metrics.first_token(now - self._started, len(self.outputs[index].prompt_token_ids))
-                before = self._last_token.get(key)
-                metrics.tokens(len(completion.token_ids), None if before is None else now - before)
-                self._last_token[key] = now
-            if completion.finish_reason is not None:
-                metrics.ended(completion.finish_reason)
-        if delta.finished:
-            metrics.whole(now - self._started)
 
 
 def _joined(parts: list[Part]) -> list[Part]:
