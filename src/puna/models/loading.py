@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import mmap
@@ -31,6 +32,7 @@ Model = TypeVar("Model", bound="LLaMAForCausalLM")
 
 # What old versions of transformers wrote beside the weights; the values follow from the config.
 _DERIVED_TENSORS = (".rotary_emb.inv_freq",)
+_GIVE_BACK_EVERY = 1 << 25  # bytes of tensors that were read
 
 
 class ModelLoader(Generic[Model]):
@@ -120,13 +122,19 @@ class ModelLoader(Generic[Model]):
         with _progress(is_first_rank=self.comm.mapping.rank == 0) as progress:
             total = sum(_bytes_of(piece, checkpoint, name) for name, piece in pieces)
             task = progress.add_task("loading weights", total=total)
+            left_behind = 0
             for name, piece in pieces:
                 groups = checkpoint.read_groups(name, piece.source) if keeps_groups and piece.write_groups else None
                 if groups is not None and piece.write_groups is not None:
                     piece.write_groups(groups)
                 else:
                     piece.write(checkpoint.read(name, piece.source))
+                left_behind += _bytes_of(piece, checkpoint, name)
+                if left_behind > _GIVE_BACK_EVERY:
+                    _give_back()
+                    left_behind = 0
                 progress.advance(task, _bytes_of(piece, checkpoint, name))
+        _give_back()
 
 
 def _weight_formats(model: LLaMAForCausalLM, checkpoint: Checkpoint) -> dict[str, str]:
@@ -178,6 +186,16 @@ def allocate(model: nn.Module, device: torch.device) -> None:
         return torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
 
     _place(model, storage)
+
+
+def _give_back() -> None:
+    """Free parts of the allocator's heap, to the system. What one tensor leaves behind does not fit the next, and glibc
+    keeps it all: 100 MB of a 1B model, which would count in its peak."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    trim(0)
 
 
 def _pages(parameter: nn.Parameter) -> Tensor:
