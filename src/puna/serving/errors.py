@@ -64,6 +64,10 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "extra_forbidden":
         return bad_request(f"{place}: this server does not know this field; leave it out", place)
     message = str(first["msg"]).removeprefix("Value error, ")
+    # What fields are to each other is told of the object that has them, in words that begin with one of them.
+    word = message.partition(" ")[0]
+    if first["type"] == "value_error" and isinstance(first["input"], dict) and word in first["input"]:
+        return bad_request(message, ".".join([*parts, word]))
     return bad_request(f"{place}: {message}" if place else message, place or None)
 
 

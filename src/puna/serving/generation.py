@@ -69,9 +69,7 @@ class Generation:
         request, engine = self._request, self._engine
         stem = f"{self._record.request_id}-{uuid.uuid4().hex[:8]}"  # clients may give one id to several requests
         try:
-            if self._params.guided is not None:
-                # Kept by the compiler, so that submit only looks it up.
-                await asyncio.to_thread(engine.parts.grammars.compile, self._params.guided)
+            await self._compile()
             for index, output in enumerate(self.outputs):
                 self._meter.submitted(index, output.prompt_token_ids, time.monotonic())
                 output.request_id = engine.submit(
@@ -100,6 +98,15 @@ class Generation:
             self.cancel()
             raise engine_error() from None
         return self
+
+    async def _compile(self) -> None:
+        """Kept by the compiler, so that submit only looks it up."""
+        if self._params.guided is None:
+            return
+        try:
+            await asyncio.to_thread(self._engine.parts.grammars.compile, self._params.guided)
+        except ValueError as error:
+            raise bad_request(str(error), next(iter(self._request.constraints), "tools")) from None
 
     async def __aenter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ MAX_GUIDE_CHARS: Final = 64 * 1024
 MAX_TOOLS: Final = 128
 # OpenAI's fields with values that ask for nothing more than this server does: those here, and null.
 _HARMLESS: Final = (("store", False), ("service_tier", "auto"), ("service_tier", "default"))
+_GUIDES: Final = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -114,6 +115,13 @@ class SamplingRequest(Strict):
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs can't be streamed: leave out stream or prompt_logprobs")
         return self
+
+    @property
+    def constraints(self) -> list[str]:
+        """The fields given that constrain the output; there may be one."""
+        given = [name for name in _GUIDES if getattr(self, name) is not None]
+        form = self.response_format
+        return given if form is None or form.type == "text" else [*given, "response_format"]
 
 
 def _limited(schema: Any) -> Any:

@@ -10,7 +10,6 @@ from puna.serving.errors import ApiError, bad_request
 from puna.serving.generation import refusal
 from puna.serving.protocol import SamplingRequest
 
-_GUIDES = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _SAME_NAMES = (
     *_RECOMMENDED,
@@ -63,10 +62,7 @@ def sampling_params(
 
 def guided_decoding(request: SamplingRequest) -> GuidedDecoding | None:
     """The constraint that the fields ask for. Raises ApiError where there are two."""
-    given = [name for name in _GUIDES if getattr(request, name) is not None]
-    form = request.response_format
-    if form is not None and form.type != "text":
-        given.append("response_format")
+    given, form = request.constraints, request.response_format
     if len(given) > 1:
         raise bad_request(f"{' and '.join(given)} both constrain the output: give one", given[0])
     try:
