@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from puna import __version__
 from puna.serving.chat import Chat, encode_conversation
+from puna.serving.chat_page import PAGE_PATHS, add_chat_page
 from puna.serving.completions import Completion
 from puna.serving.errors import ApiError, bad_request, json_response, validation_error
 from puna.serving.generation import encoded, engine_error
@@ -25,7 +26,8 @@ from puna.serving.state import ServerState, is_authorized
 from puna.serving.streaming import EventStream, until_gone
 
 _log = logging.getLogger(__name__)
-_OPEN_PATHS: Final = frozenset(["/health", "/ready"])  # probes have no key, and learn nothing of the model
+# Probes have no key, and learn nothing of the model; the chat page asks for one.
+_OPEN_PATHS: Final = frozenset(["/health", "/ready"]) | PAGE_PATHS
 _REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _GONE: Final = 499  # nginx's status for a client that left; nobody sees it but the log
 
@@ -36,6 +38,7 @@ def make_app(state: ServerState) -> FastAPI:
     _add_generation(app, state)
     _add_text(app, state)
     _add_status(app, state)
+    add_chat_page(app)
     app.add_middleware(_Guard, state=state)
     return app
 
