@@ -7,16 +7,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from puna.config import CacheDtype, EngineConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import BeamSearchOutput, CompletionOutput, RequestDelta, RequestOutput
 from puna.scheduling.beams import BeamParams
+from puna.scheduling.pooling_params import Pooling, PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -196,12 +198,64 @@ class LLM:
             raise
         return [found[name] for name in names]
 
-    def score(self, prompt: Prompt, continuation: str | Sequence[int]) -> Score:
-        """How likely the continuation is after the prompt, token by token.
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        *,
+        show_progress: bool | None = None,
+    ) -> list[Tensor]:
+        """An embedding of each prompt, float32 [E], in the order of the prompts.
+
+        "last" is the last token's hidden state after the last norm, "mean" the mean over all tokens, special ones
+        included; `normalize` scales it to a length (L2) of 1. How many prompts there are changes no bit of it (on the
+        compiled kernels). Raises ValueError for a prompt that can't be run, such as one that is longer than the
+        context, and RuntimeError where the engine is shut down meanwhile; the others are then cancelled.
+        """
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        how = PoolingParams(method=pooling, normalize=normalize)
+        outputs = [RequestOutput("", *self._tokens_of(prompt), []) for prompt in several]
+        self._run(outputs, [SamplingParams()] * len(outputs), show_progress, how)
+        found = [output.embedding for output in outputs if output.embedding is not None]
+        if len(found) < len(outputs):
+            raise RuntimeError("the engine was shut down before all embeddings were there")
+        return [torch.frombuffer(embedding, dtype=torch.float32) for embedding in found]
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is a sequence of str, but the first one comes first
+        self, prompt: Prompt, continuation: str | Sequence[int]
+    ) -> Score: ...
+
+    @overload
+    def score(self, prompt: Sequence[Prompt], continuation: Sequence[str | Sequence[int]]) -> list[Score]: ...
+
+    def score(self, prompt: Prompt | Sequence[Prompt], continuation: Any) -> Score | list[Score]:
+        """How likely the continuation is after the prompt, token by token; of a list of prompts, each with its own.
 
         A text is encoded together with the prompt, and its tokens are those that come after the prompt's own. Raises
-        ValueError for an empty continuation, and where both together exceed the context.
+        ValueError for an empty continuation, where both together exceed the context, and for lists that are not
+        equally long.
         """
+        if isinstance(prompt, (str, Mapping)):
+            return self.score([prompt], [continuation])[0]
+        if len(prompt) != len(continuation):
+            raise ValueError(
+                f"there are {len(prompt)} prompts and {len(continuation)} continuations: give one for each"
+            )
+        split = [self._split(*pair) for pair in zip(prompt, continuation, strict=True)]
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        whole = [{"prompt_token_ids": before + after} for before, after in split]
+        scores = []
+        for (before, after), output in zip(split, self.generate(whole, params, show_progress=False), strict=True):
+            scored = (output.prompt_logprobs or [])[len(before) :]
+            found = [position[token] for position, token in zip(scored, after, strict=True) if position]
+            values = [one.logprob for one in found]
+            scores.append(Score(sum(values), values, after, all(one.rank == 1 for one in found)))
+        return scores
+
+    def _split(self, prompt: Prompt, continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        """Both as tokens."""
         text, token_ids = self._tokens_of(prompt)
         if not isinstance(continuation, str):
             whole = [*token_ids, *continuation]
@@ -211,12 +265,7 @@ class LLM:
             whole = self.encode(text + continuation)
         if len(whole) <= len(token_ids):
             raise ValueError("the continuation is empty: it needs at least one token")
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-        (output,) = self.generate({"prompt_token_ids": whole}, params, show_progress=False)
-        scored = (output.prompt_logprobs or [])[len(token_ids) :]
-        found = [position[token] for position, token in zip(scored, whole[len(token_ids) :], strict=True) if position]
-        values = [one.logprob for one in found]
-        return Score(sum(values), values, whole[len(token_ids) :], all(one.rank == 1 for one in found))
+        return whole[: len(token_ids)], whole[len(token_ids) :]
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -225,7 +274,13 @@ class LLM:
             raise ValueError(f'a prompt is {prompt!r}: give a text, or {{"prompt_token_ids": [...]}}')
         return None, list(prompt["prompt_token_ids"])
 
-    def _run(self, outputs: list[RequestOutput], params: list[SamplingParams], show_progress: bool | None) -> None:
+    def _run(
+        self,
+        outputs: list[RequestOutput],
+        params: list[SamplingParams],
+        show_progress: bool | None,
+        pooling: PoolingParams | None = None,
+    ) -> None:
         """Submits all and waits for all; where one is refused, the others are cancelled."""
         ended: queue.SimpleQueue[list[RequestDelta]] = queue.SimpleQueue()
         by_id: dict[str, RequestOutput] = {}
@@ -233,11 +288,13 @@ class LLM:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         try:
             for output, its_params in zip(outputs, params, strict=True):
-                output.request_id = self.engine.submit(output.prompt_token_ids, its_params, _collector(ended))
+                output.request_id = self.engine.submit(
+                    output.prompt_token_ids, its_params, _collector(ended), pooling=pooling
+                )
                 output.outputs = [CompletionOutput(index) for index in range(its_params.n)]
                 by_id[output.request_id] = output
             with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shows) as progress:
-                task = progress.add_task("generating", total=len(outputs))
+                task = progress.add_task("generating" if pooling is None else "embedding", total=len(outputs))
                 for _ in outputs:
                     for delta in ended.get():
                         by_id[delta.request_id].add(delta)

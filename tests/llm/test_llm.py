@@ -252,6 +252,21 @@ def test_score(llm: LLM, tight_llm: LLM, dense: LLaMAForCausalLM) -> None:
         llm.score("ab", "")
 
 
+def test_lists_are_scored_together(llm: LLM) -> None:
+    many = prompts(20, seed=4)
+    pairs = [("ab", "cd"), *(({"prompt_token_ids": ids}, ids[:3]) for ids in many), ("x", [7, 8])]
+    found = llm.score([prompt for prompt, _ in pairs], [continuation for _, continuation in pairs])
+    for one, (prompt, continuation) in zip(found, pairs, strict=True):
+        alone = llm.score(prompt, continuation)
+        assert one.token_ids == alone.token_ids
+        assert one.token_logprobs == pytest.approx(alone.token_logprobs, abs=1e-5)
+    assert llm.score([], []) == []
+    with pytest.raises(ValueError, match="2 prompts and 1 continuations"):
+        llm.score(["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="the continuation is empty"):
+        llm.score(["a", "b"], ["c", ""])
+
+
 @pytest.mark.parametrize("width", [1, 2, 5, 8])
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0])

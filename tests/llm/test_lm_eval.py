@@ -43,7 +43,7 @@ class PunaLM(HarnessLM):  # type: ignore[misc]
         self.llm = llm
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        scores = [self.llm.score(context, continuation) for context, continuation in (r.args for r in requests)]
+        scores = self.llm.score(*map(list, zip(*(request.args for request in requests), strict=True)))
         return [(score.logprob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
@@ -51,10 +51,8 @@ class PunaLM(HarnessLM):  # type: ignore[misc]
         for request in requests:
             first, *tokens = self.llm.encode(request.args[0])
             windows = get_rolling_token_windows(tokens, first, self.llm.engine.max_model_len - 2, context_len=1)
-            scores = [
-                self.llm.score({"prompt_token_ids": context}, continuation)
-                for context, continuation in map(make_disjoint_window, windows)
-            ]
+            contexts, continuations = zip(*map(make_disjoint_window, windows), strict=True)
+            scores = self.llm.score([{"prompt_token_ids": context} for context in contexts], continuations)
             found.append(sum(score.logprob for score in scores))
         return found
 

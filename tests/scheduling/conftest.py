@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,11 +38,14 @@ class FakeRunner:
         self.caches: list[dict[tuple[int, int], tuple[int, int]]] = [{} for _ in windows]
         self.last: dict[int, int] = {}
         self.seeds: dict[int, int] = {}
+        # What a mean is taken of, token by token, of the prompts that are not at their ends.
+        self.sums: dict[int, list[int]] = {}
         self.num_rows = self.num_tokens = 0
 
     def run(self, plan: StepPlan) -> StepResult:
         for ended in plan.ended_sequences:
-            del self.seeds[ended]
+            self.seeds.pop(ended, None)
+            self.sums.pop(ended, None)
         for new in plan.new_sequences:
             self.seeds[new.sequence_id] = new.seed
         for window_idx, source, target in plan.copies:
@@ -68,7 +72,24 @@ class FakeRunner:
                 seen = self._visible(row)
                 candidates[row.sequence_id] = next_candidates(seen, row.num_candidates)
         self.num_rows = max(self.num_rows, len(plan.rows))
-        return StepResult(tuple(tokens), candidates, {}, {})
+        return StepResult(tuple(tokens), candidates, {}, {}, self._embeddings(plan))
+
+    def _embeddings(self, plan: StepPlan) -> dict[int, array[float]]:
+        """Of a mean the tokens that came by, of a last token what it sees."""
+        found = {}
+        for row in plan.rows:
+            if row.pooling is None:
+                continue
+            assert not row.wants_logits
+            if row.pooling.method == "mean":
+                if row.first_position == 0:
+                    self.sums[row.sequence_id] = []
+                self.sums[row.sequence_id] += row.token_ids
+            if row.sequence_length == row.prompt_length:
+                is_mean = row.pooling.method == "mean"
+                seen = self._visible(row)[0]
+                found[row.sequence_id] = array("f", self.sums.pop(row.sequence_id) if is_mean else seen)
+        return found
 
     def _slot(self, block_ids: tuple[int, ...], position: int) -> tuple[int, int]:
         block = block_ids[position // self.block_size]
@@ -127,6 +148,7 @@ class Harness:
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
         self.beams: dict[str, Any] = {}
+        self.embeddings: dict[str, list[float]] = {}
         self.num_plans = 0
         self._in_flight: deque[StepResult] = deque()
 
@@ -164,6 +186,8 @@ class Harness:
                     self.outputs.setdefault(key, []).append(event.token_id)
                 if event.finish_reason is not None:
                     self.reasons[key] = event.finish_reason
+                if event.embedding is not None:
+                    self.embeddings[event.request.request_id] = event.embedding.tolist()
         return events
 
 
@@ -186,7 +210,7 @@ def harness() -> Callable[..., Harness]:
 
 
 def _request(name: str, prompt: tuple[int, ...], max_tokens: int = 8, **fields: Any) -> Request:
-    chosen: dict[str, Any] = {"eos_token_ids": frozenset({EOS}), "params": SamplingParams(max_tokens=max_tokens)}
+    chosen: dict[str, Any] = {"eos_token_ids": frozenset({EOS}), "params": SamplingParams(max_tokens=max_tokens or 1)}
     return Request(request_id=name, prompt_token_ids=prompt, max_tokens=max_tokens, **(chosen | fields))
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from puna.scheduling.beams import BeamParams, BeamSearch
+from puna.scheduling.pooling_params import PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import QueueFullError, Scheduler
 
@@ -22,7 +23,7 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
     """A request and when it comes: half of the prompts share a prefix with others."""
     shared = draw(st.sampled_from(PREFIXES))[: draw(st.integers(0, 30))] if draw(st.booleans()) else ()
     own = tuple(draw(st.lists(st.integers(0, 49), min_size=0 if shared else 1, max_size=20)))
-    kind = draw(st.sampled_from(["one", "one", "one", "several", "beams"]))
+    kind = draw(st.sampled_from(["one", "one", "one", "several", "beams", "last", "mean"]))
     return {
         "step": draw(st.integers(0, 8)),
         "prompt": shared + own,
@@ -34,6 +35,7 @@ def arrivals(draw: st.DrawFn) -> dict[str, Any]:
         "beams": BeamParams(width=draw(st.integers(1, 3)), length_penalty=draw(st.sampled_from([0.0, 1.0])))
         if kind == "beams"
         else None,
+        "pooling": PoolingParams(method=kind) if kind in ("last", "mean") else None,
         "cancel_after": draw(st.one_of(st.none(), st.none(), st.integers(0, 30))),
     }
 
@@ -95,12 +97,13 @@ def test_every_request_gets_what_it_gets_alone(
         made[f"r{number}"] = request_of(
             f"r{number}",
             arrival["prompt"],
-            arrival["max_tokens"],
+            arrival["max_tokens"] if arrival["pooling"] is None else 0,
             seed=arrival["seed"],
             priority=arrival["priority"],
             cache_salt=arrival["salt"],
             params=SamplingParams(n=arrival["n"], max_tokens=arrival["max_tokens"]),
             beams=arrival["beams"],
+            pooling=arrival["pooling"],
         )
     refused, cancelled, reasons = set(), set(), []
     for step in range(61):
@@ -133,6 +136,15 @@ def test_every_request_gets_what_it_gets_alone(
             else:
                 assert name in cancelled
             continue
+        if request.pooling is not None:
+            if it.reasons.get((name, 0)) != "stop":
+                assert name in cancelled
+                assert name not in it.embeddings
+            elif request.pooling.method == "mean":
+                assert it.embeddings[name] == list(request.prompt_token_ids)
+            else:
+                assert it.embeddings[name] == list(tokens_seen(request.prompt_token_ids, windows)[0])
+            continue
         for index in range(request.params.n):
             expected, reason = tokens_alone(request, index, windows)
             found = it.outputs.get((name, index), [])
@@ -145,7 +157,7 @@ def test_every_request_gets_what_it_gets_alone(
     # What the sampler was told of, it was told to forget.
     leftover = it.scheduler.plan()
     assert leftover is None
-    assert it.runner.seeds.keys() == set(it.scheduler._ended)
+    assert it.runner.seeds.keys() | it.runner.sums.keys() <= set(it.scheduler._ended)
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, 6)])

@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from puna.engine.engine import Engine
 from puna.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
+from puna.scheduling.pooling_params import Pooling, PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -81,6 +85,53 @@ class AsyncEngine:
         finally:
             if not output.finished:  # else the name may be another request's by now
                 self.engine.cancel(name)
+
+    async def embed(
+        self,
+        prompt: str | Sequence[int],
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str = "",
+    ) -> Tensor:
+        """The prompt's embedding, float32 [E]; see `LLM.embed`.
+
+        Cancelling the task that awaits it cancels the request at once. Raises what `Engine.submit` raises, TimeoutError
+        where the request ran out of time, and RuntimeError when it fails on its way.
+        """
+        loop = asyncio.get_running_loop()
+        last: asyncio.Future[RequestDelta] = loop.create_future()
+
+        def finish(delta: RequestDelta) -> None:
+            if not last.done():
+                last.set_result(delta)
+
+        def listener(delta: RequestDelta) -> None:
+            loop.call_soon_threadsafe(finish, delta)
+
+        encode = self.engine.parts.tokenizer.encode
+        name = self.engine.submit(
+            await asyncio.to_thread(encode, prompt) if isinstance(prompt, str) else prompt,
+            SamplingParams(),
+            listener,
+            priority=priority,
+            timeout=timeout,
+            cache_salt=cache_salt,
+            pooling=PoolingParams(method=pooling, normalize=normalize),
+        )
+        try:
+            delta = await last
+        except asyncio.CancelledError:
+            self.engine.cancel(name)
+            raise
+        if delta.embedding is not None:
+            return torch.frombuffer(delta.embedding, dtype=torch.float32)
+        reason = delta.error or delta.completions[0].finish_reason
+        if reason == "deadline":
+            raise TimeoutError(f"request {name} ran out of time")
+        raise RuntimeError(f"request {name}: {reason}")
 
     async def shutdown(self) -> None:
         """Cancels what runs and ends the engine's threads."""

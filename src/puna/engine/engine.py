@@ -36,6 +36,7 @@ from puna.runtime.step_buffers import StepBuffers
 from puna.scheduling.beams import BeamParams
 from puna.scheduling.block_manager import BlockManager
 from puna.scheduling.events import Event
+from puna.scheduling.pooling_params import PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import Scheduler, SchedulerLimits
 from puna.scheduling.sequence import Request
@@ -205,13 +206,15 @@ class Engine:
         timeout: float | None = None,
         cache_salt: str = "",
         beams: BeamParams | None = None,
+        pooling: PoolingParams | None = None,
     ) -> str:
         """Queues a request and returns its id. `listener` gets its deltas, the last one with `finished`.
 
-        `timeout` is in seconds from now. Raises ValueError for what can't be run, QueueFullError (a ValueError) where
-        too many wait, and RuntimeError when the engine has stopped.
+        `timeout` is in seconds from now. With `pooling`, the last delta has the prompt's embedding, and nothing is
+        generated: `params` must be the default ones. Raises ValueError for what can't be run, QueueFullError (a
+        ValueError) where too many wait, and RuntimeError when the engine has stopped.
         """
-        request = self._request(prompt_token_ids, params, request_id, priority, timeout, cache_salt, beams)
+        request = self._request(prompt_token_ids, params, request_id, priority, timeout, cache_salt, beams, pooling)
         processor = OutputProcessor(request, self.parts.tokenizer, self._finish_sequence)
         with self._lock:
             if self._failure is not None or self._stopping:
@@ -267,6 +270,7 @@ class Engine:
         timeout: float | None,
         cache_salt: str,
         beams: BeamParams | None,
+        pooling: PoolingParams | None,
     ) -> Request:
         vocab_size = self.parts.config.vocab_size
         try:
@@ -281,7 +285,14 @@ class Engine:
                 f"the prompt has the token {wrong}: the model's vocabulary goes from 0 to {vocab_size - 1}"
             )
         room = self.max_model_len - len(prompt)
-        if room < 1:
+        if pooling is not None:
+            if params != SamplingParams() or beams is not None:
+                raise ValueError("an embedding takes no sampling params or beams: leave them out")
+            if room < 0:
+                raise ValueError(
+                    f"the prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}: shorten it"
+                )
+        elif room < 1:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}, which must hold "
                 "at least one more: shorten the prompt"
@@ -302,7 +313,7 @@ class Engine:
             request_id=f"request-{next(self._request_ids)}" if request_id is None else request_id,
             prompt_token_ids=prompt,
             params=params,
-            max_tokens=min(params.max_tokens or room, room),
+            max_tokens=0 if pooling is not None else min(params.max_tokens or room, room),
             seed=seed,
             eos_token_ids=_eos_token_ids(self.parts.generation_config, self.parts.tokenizer),
             priority=priority,
@@ -310,6 +321,7 @@ class Engine:
             cache_salt=self._rotary_salt(len(prompt)) + b"|" + cache_salt.encode(),
             beams=beams,
             bad_word_ids=self._bad_word_ids(params.bad_words),
+            pooling=pooling,
         )
 
     def _rotary_salt(self, prompt_length: int) -> bytes:

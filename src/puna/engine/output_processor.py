@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 from puna.engine.detokenizer import Detokenizer
@@ -42,6 +43,7 @@ class OutputProcessor:
         """One delta for what one step brought the request."""
         completions: list[CompletionDelta] = []
         beams: tuple[BeamSequence, ...] | None = None
+        embedding: array[float] | None = None
         error: str | None = None
         finished = False
         for event in events:
@@ -49,6 +51,7 @@ class OutputProcessor:
                 if self.start is None and event.sequence.started_at is not None:
                     self.start = RequestStart(event.sequence.started_at, event.sequence.num_cached)
                 error = error or event.error
+                embedding = event.embedding
                 if not self._completions[event.sequence.index].finished:
                     completions.append(self._completion(event))
             elif isinstance(event, PromptEvent):
@@ -75,6 +78,7 @@ class OutputProcessor:
             finished,
             error,
             self.start,
+            embedding,
         )
 
     def _completion(self, event: SequenceEvent) -> CompletionDelta:

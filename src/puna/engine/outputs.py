@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from puna.scheduling.sequence import FinishReason
@@ -59,6 +60,7 @@ class RequestDelta:
     """What one step brought a request. `error` is why it failed; `finished`: nothing more will come.
 
     `start` is there from the first delta on, but for beams and where the request ended before it was planned.
+    `embedding`, float32 [E], is that of a prompt that was to be pooled.
     """
 
     request_id: str
@@ -68,6 +70,7 @@ class RequestDelta:
     finished: bool = False
     error: str | None = None
     start: RequestStart | None = None
+    embedding: array[float] | None = None
 
 
 @dataclass(slots=True)
@@ -93,6 +96,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     finished: bool = False
+    embedding: array[float] | None = None
 
     def add(self, delta: RequestDelta) -> None:
         """Takes a delta in. Raises RuntimeError where it says that the request failed."""
@@ -109,6 +113,8 @@ class RequestOutput:
                 output.cumulative_logprob = (output.cumulative_logprob or 0.0) + position[token_id].logprob
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = list(delta.prompt_logprobs)
+        if delta.embedding is not None:
+            self.embedding = delta.embedding
         self.finished = delta.finished
 
 

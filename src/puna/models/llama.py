@@ -202,12 +202,20 @@ class LLaMAForCausalLM(LLaMAModel, GenerationMixin):
         )
         output, presents = result if isinstance(result, tuple) else (result, None)
         if self.lm_head is not None:
-            if last_token_ids is not None:
-                packed = attention_params is not None
-                rows = last_token_ids if packed else torch.arange(len(output)) * output.shape[1] + last_token_ids
-                output = self.lm_head.ops.embedding(rows, output.flatten(0, -2))
-            output = self.lm_head(output, torch_dtype(self.config.logits_dtype))
+            rows = last_token_ids
+            if rows is not None and attention_params is None:
+                rows = torch.arange(len(output)) * output.shape[1] + rows
+            output = self.logits(output, rows)
         return output if presents is None else (output, presents)
+
+    def logits(self, hidden_states: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of hidden states [..., E] that the last norm has passed; with `rows` [R], of these tokens of
+        all, [R, V]. On the last pipeline rank only."""
+        assert self.lm_head is not None
+        if rows is not None:
+            hidden_states = self.lm_head.ops.embedding(rows, hidden_states.flatten(0, -2))
+        logits: Tensor = self.lm_head(hidden_states, torch_dtype(self.config.logits_dtype))
+        return logits
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:
         """This rank's pieces of a checkpoint, each with the name that Hugging Face gives it."""

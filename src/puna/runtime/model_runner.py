@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from puna.layers.pieces import torch_dtype
 from puna.models import LLaMAForCausalLM
+from puna.models.llama import LLaMAModel
 from puna.ops import cpu
 from puna.runtime.kv_pool import KVPool
+from puna.runtime.pooler import Pooler
 from puna.runtime.sampler import Sampler, candidates, token_logprobs
 from puna.runtime.step_buffers import StepBuffers, StepInputs
 from puna.runtime.step_graph import CpuStepGraph, EagerStepGraph, NotRecordable, StepGraph, bucket_for, bucket_sizes
@@ -24,7 +27,7 @@ _MAX_ANGLE_BYTES = 1 << 26
 
 
 class ModelRunner:
-    """Owns a rank's model, cache, buffers and sampler. `execute` is called with one plan after another, in order.
+    """Owns a rank's model, cache, buffers, sampler and pooler. `execute` is called with one plan after the other.
 
     With `use_buckets`, steps in which every row has one token are padded to a bucket and run by its graph, which is
     recorded when the first such step comes.
@@ -37,6 +40,7 @@ class ModelRunner:
         self.pool = pool
         self.buffers = buffers
         self.sampler = sampler
+        self.pooler = Pooler()
         self._buckets = bucket_sizes(buffers.max_rows) if use_buckets else ()
         self._graphs: dict[int, StepGraph] = {}
         self._arena = cpu.Arena()  # one for all graphs: they run one after another
@@ -48,12 +52,27 @@ class ModelRunner:
         """Runs one step. Sequences whose sampling fails are named in the result's errors."""
         for ended in plan.ended_sequences:
             self.sampler.remove(ended)
+            self.pooler.remove(ended)
         for new in plan.new_sequences:
             self.sampler.add(new)
         if not plan.rows:
             return StepResult((), {}, {}, {})
         self.pool.copy_blocks(plan.copies)
+        if any(row.pooling is not None for row in plan.rows):
+            return self._pool_and_choose(plan)
         return self._choose(plan, self._logits(plan))
+
+    def _pool_and_choose(self, plan: StepPlan) -> StepResult:
+        """A step that has prompts to pool: in Python, since a recorded one keeps nothing but its logits."""
+        inputs = self.buffers.fill(plan, self._last_token)
+        hidden = self._hidden_states(inputs)
+        if not self.model.comm.mapping.is_last_pp_rank():
+            return StepResult((), {}, {}, {})
+        embeddings, errors = self.pooler.pool(plan.rows, hidden)
+        result = StepResult((), {}, {}, {})
+        if len(inputs.logits_ids):
+            result = self._choose(plan, self.model.logits(hidden, inputs.logits_ids))
+        return dataclasses.replace(result, embeddings=embeddings, errors=result.errors | errors)
 
     def _logits(self, plan: StepPlan) -> Tensor:
         """float32 [R, V], in the order of the rows; R counts all tokens of rows whose prompt is scored."""
@@ -101,24 +120,32 @@ class ModelRunner:
         return self.sampler.last_tokens([sequence_id])[0]
 
     def _forward(self, inputs: StepInputs) -> Tensor:
-        """Receives hidden states from the pipeline rank before, or sends them to the next; logits on the last one."""
+        """Logits [R, V] on the last pipeline rank, none on the others."""
+        hidden = self._hidden_states(inputs)
+        if not self.model.comm.mapping.is_last_pp_rank():
+            return hidden.new_empty((0, self.model.config.vocab_size))
+        return self.model.logits(hidden, inputs.logits_ids)
+
+    def _hidden_states(self, inputs: StepInputs) -> Tensor:
+        """[T, E] after this rank's layers, received from the pipeline rank before and sent to the next; on the last one
+        after the norm."""
         comm, config = self.model.comm, self.model.config
         hidden = None
         if not comm.mapping.is_first_pp_rank():
             shape = (len(inputs.input_ids), config.hidden_size)
             empty = torch.empty(shape, dtype=torch_dtype(config.dtype), device=comm.device)
             hidden = comm.recv(empty, comm.mapping.prev_pp_rank())
-        output: Tensor = self.model(
+        output = LLaMAModel.forward(  # without the head
+            self.model,
             inputs.input_ids,
             inputs.position_ids,
-            last_token_ids=inputs.logits_ids,
             kv_cache_params=self.pool.params(),
             attention_params=inputs.attention_params,
             hidden_states=hidden,
         )
+        assert isinstance(output, Tensor)
         if not comm.mapping.is_last_pp_rank():
             comm.send(output, comm.mapping.next_pp_rank())
-            return output.new_empty((0, config.vocab_size))
         return output
 
     def _choose(self, plan: StepPlan, logits: Tensor) -> StepResult:

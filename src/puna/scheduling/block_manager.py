@@ -94,11 +94,11 @@ class BlockManager:
         return place > 0 and self._allocators[0].num_holders(sequence.tables[0][-1]) == 1
 
     def begin(self, sequence: Sequence) -> None:
-        """Takes over the published blocks of the longest prefix; never the last token's, whose logits are wanted."""
+        """Takes over the published blocks of the longest prefix; never the last token's, whose output is wanted."""
         sequence.tables = [[] for _ in self.windows]
         sequence.num_unseen = [0] * len(self.windows)
         request, size = sequence.request, self.block_size
-        if not self.enable_prefix_caching or request.params.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or not request.reads_cache:
             return
         sequence.hashes = prefix_hashes(sequence.token_ids, size, request.cache_salt, sequence.hashes)
         found = self._longest_prefix(sequence.hashes[: (sequence.num_tokens - 1) // size])

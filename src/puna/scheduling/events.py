@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 from puna.scheduling.beams import FinishedBeam
@@ -11,13 +12,17 @@ from puna.scheduling.step_plan import PromptLogprobs, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class SequenceEvent:
-    """What a step brought one sequence: a token, or an end without one. `error` says why, for finish_reason "error"."""
+    """What a step brought one sequence: a token, or an end without one. `error` says why, for finish_reason "error".
+
+    `embedding`, float32 [E], is of a prompt that was to be pooled, whose end it is.
+    """
 
     sequence: Sequence
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    embedding: array[float] | None = None
 
     @property
     def request(self) -> Request:

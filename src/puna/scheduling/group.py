@@ -16,7 +16,7 @@ class Group:
 
     `seats` is how many sequences it takes or will take: all n of a request before its prompt is computed, since they
     begin together. `is_introduced`: the sampler knows its sequence. `waits_for_result`: what beams do next depends on
-    what all of them found.
+    what all of them found, and a prompt that was pooled has nothing left to compute.
     """
 
     __slots__ = (

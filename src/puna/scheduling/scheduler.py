@@ -210,6 +210,13 @@ class Scheduler:
             group = self._sequences.get(sampled.sequence_id)
             if group is not None:
                 self._append(group, sampled.token_id, sampled.logprobs)
+        for sequence_id, embedding in result.embeddings.items():
+            group = self._sequences.get(sequence_id)
+            if group is not None:
+                sequence = group.sequences[0]
+                sequence.finish_reason = "stop"
+                self._events.append(SequenceEvent(sequence, finish_reason="stop", embedding=embedding))
+                self._drop(group)
         searching = {self._sequences[i]: None for i in result.candidates if i in self._sequences}
         for group in searching:
             self._advance_beams(group, result)
@@ -299,6 +306,8 @@ class Scheduler:
                 if group.beam_search is not None:
                     num_candidates = group.beam_search.num_candidates
                     group.waits_for_result = True
+                elif group.request.pooling is not None:
+                    group.waits_for_result = True
                 else:
                     sequence.num_pending += 1
                     sampled_ids = (sequence.sequence_id, *self._begin_output(group, step))
@@ -317,6 +326,7 @@ class Scheduler:
                     num_candidates,
                     tuple(targets),
                     num_logprobs or 0,
+                    group.request.pooling,
                 )
             )
 
@@ -454,7 +464,7 @@ class Scheduler:
         for sequence in group.sequences:
             self.blocks.release(sequence)
             del self._sequences[sequence.sequence_id]
-            if group.is_introduced:
+            if group.is_introduced or group.request.pooling is not None:
                 self._ended.append(sequence.sequence_id)
         self._running.pop(group, None)
         self._waiting.remove(group)

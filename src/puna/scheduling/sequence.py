@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from puna.scheduling.beams import BeamParams
+from puna.scheduling.pooling_params import PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 
 # "length": max_tokens, or the end of the context; "abort": cancelled; "deadline": out of time; "error": see the output.
@@ -18,7 +19,7 @@ class Request:
 
     `deadline` is a time of the engine's clock, in seconds. Prefixes are shared only between requests of one
     `cache_salt`. `beams` asks for beam search instead of `params`' sampling. `bad_word_ids` are `params.bad_words` as
-    tokens.
+    tokens. `pooling` asks for the prompt's embedding instead of a continuation; `max_tokens` is 0 then.
     """
 
     request_id: str
@@ -32,6 +33,12 @@ class Request:
     cache_salt: bytes = b""
     beams: BeamParams | None = None
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    pooling: PoolingParams | None = None
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it may take over cached blocks of its prompt: not where something is wanted of each token there."""
+        return self.params.prompt_logprobs is None and (self.pooling is None or self.pooling.method != "mean")
 
     @property
     def num_sequences(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from puna.scheduling.pooling_params import PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 
 # In a row's token_ids: the token that the step before chose for this sequence, which is not known when this is planned.
@@ -28,6 +30,7 @@ class StepRow(NamedTuple):
     `sampled_ids`: the sequences that get a next token from the last row's logits: none within a prompt, several where
     one prompt is continued several times. `num_candidates`: with beams, that many likeliest tokens are wanted instead.
     `logprob_targets`: where the prompt's log-probabilities are wanted, the prompt's tokens that these ones predict.
+    `pooling`: where the prompt's embedding is wanted, and no logits.
     """
 
     sequence_id: int
@@ -39,6 +42,7 @@ class StepRow(NamedTuple):
     num_candidates: int = 0
     logprob_targets: tuple[int, ...] = ()
     num_logprobs: int = 0
+    pooling: PoolingParams | None = None
 
     @property
     def wants_logits(self) -> bool:
@@ -110,9 +114,11 @@ class StepResult:
     """What a step chose. `candidates`: for rows with beams, the likeliest next tokens, best first.
 
     `prompt_logprobs` by sequence, for the tokens that a row predicts. `errors`: sequences that can't go on, and why.
+    `embeddings`: float32 [E], of sequences whose prompts were pooled to their ends.
     """
 
     tokens: tuple[SampledToken, ...]
     candidates: dict[int, tuple[tuple[int, float], ...]]
     prompt_logprobs: dict[int, PromptLogprobs]
     errors: dict[int, str]
+    embeddings: dict[int, array[float]] = field(default_factory=dict)
