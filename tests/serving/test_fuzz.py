@@ -47,7 +47,7 @@ VALID: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, BASE | {"prompt": "hi", "min_tokens": 1, "frequency_penalty": 1, "ignore_eos": True}),
     (COMPLETIONS, BASE | {"prompt": "x", "guided_json": SCHEMA, "top_k": 4, "min_p": 0.1, "presence_penalty": 1}),
     (COMPLETIONS, BASE | {"prompt": "x", "guided_regex": "[a-c]+", "repetition_penalty": 1.1, "cache_salt": "x"}),
-    (COMPLETIONS, BASE | {"prompt": [1], "guided_grammar": 'start: "a" | "b"', "priority": 3, "top_p": 0.9}),
+    (COMPLETIONS, BASE | {"prompt": [1], "guided_grammar": 'root ::= "a" | "b"', "priority": 3, "top_p": 0.9}),
     (COMPLETIONS, BASE | {"prompt": "x", "guided_choice": ["a", "b"], "return_token_ids": True, "prompt_logprobs": 1}),
     (CHAT, BASE | {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "stop_token_ids": [5]}),
     (CHAT, BASE | {"messages": MESSAGES[:2], "response_format": FORM}),
