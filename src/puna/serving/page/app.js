@@ -1,4 +1,4 @@
-// The page: which conversation is shown, what is sent, what the server is doing. Everything starts at the end of the file.
+// The page: which conversation is shown, what is sent, what the server is doing. The last lines of the file start it.
 
 import * as api from "./api.js";
 import { el } from "./markdown.js";
@@ -58,8 +58,8 @@ function showServer() {
     unreachable: "The server can’t be reached. Trying again.",
     locked: "This server needs an API key.",
   };
-  const full = hasRoom ? "" : "The browser has no room for this conversation: it is lost when the page is closed. Export or delete some.";
-  const notice = notices[server.status] ?? full;
+  const full = "The browser has no room for this conversation: it is lost with the page. Export or delete some.";
+  const notice = notices[server.status] ?? (hasRoom ? "" : full);
   if ($("status").dataset.notice !== notice) {
     // Only where it changed: a screen reader says it again.
     $("status").dataset.notice = notice;

@@ -158,10 +158,11 @@ function parseList(lines, at, depth) {
       else content.push(line);
     }
     while (content.length > 1 && content.at(-1) === "") content.pop();
-    content[0] = content[0].replace(/^\[( |x|X)\][ \t]/, (_, mark) => (mark === " " ? "☐ " : "☑ "));
+    const task = /^\[[ xX]\][ \t]/.exec(content[0]);
+    if (task) content[0] = (task[0][1] === " " ? "☐ " : "☑ ") + content[0].slice(4);
     const inside = nodesOf(parseBlocks(content, depth + 1));
     isLoose ||= inside.filter((node) => node.tagName === "P").length > 1;
-    list.append(append(el("li"), inside));
+    list.append(append(el("li", task ? { class: "task" } : {}), inside));
   }
   if (isLoose) list.className = "loose"; // paragraphs are <p> in both kinds; the style sheet sets them apart
   return [list, end];
@@ -410,7 +411,7 @@ function append(parent, children) {
 
 // Code --------------------------------------------------------------------------------------------------------------
 
-const HASH_COMMENTS = /^(py|python|sh|bash|zsh|shell|console|ya?ml|toml|rb|ruby|r|perl|make|makefile|dockerfile|julia)$/;
+const HASH_COMMENTS = /^(py|python|sh|bash|zsh|shell|console|ya?ml|toml|rb|ruby|r|perl|make|makefile|dockerfile)$/;
 const DASH_COMMENTS = /^(sql|lua|haskell|hs)$/;
 const NO_CODE = /^(|text|txt|plain|markdown|md|diff|html|xml|latex|tex|csv|log)$/;
 // Every alternative takes what it has begun, closed or not: no text is scanned twice.

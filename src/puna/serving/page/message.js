@@ -165,13 +165,14 @@ function callElement({ name, arguments: given }) {
     // Not complete, or no JSON: as it is.
   }
   const label = el("p", {}, "Calls ", el("strong", {}, name || "a function"));
-  return el("div", { class: "call" }, label, el("pre", { tabindex: "0", role: "group", "aria-label": "Arguments" }, text));
+  const body = el("pre", { tabindex: "0", role: "group", "aria-label": "Arguments" }, text);
+  return el("div", { class: "call" }, label, body);
 }
 
 /** `first` and `seconds`: from the request to the first and to the last token. */
 function statsText({ tokens, first, seconds }) {
   const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`];
-  if (tokens > 1 && seconds > first) parts.push(`${((tokens - 1) / (seconds - first)).toFixed(1)} tokens/s`);
+  if (seconds - first > 0.02) parts.push(`${((tokens - 1) / (seconds - first)).toFixed(1)} tokens/s`);
   parts.push(`first after ${first.toFixed(2)} s`);
   return parts.join(" · ");
 }
