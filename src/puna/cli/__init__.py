@@ -13,7 +13,7 @@ import typer
 import typer.main
 
 from puna import __version__
-from puna.cli.bench import bench
+from puna.cli.bench import bench_app
 from puna.cli.build import build
 from puna.cli.chat import chat
 from puna.cli.errors import exit_code_of, one_line_warnings
@@ -34,8 +34,8 @@ app.command()(chat)
 app.command()(serve)
 app.command()(info)
 app.command()(build)
-app.command()(bench)
 app.command()(train)
+app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 
 

@@ -1,4 +1,7 @@
-"""`puna bench`: tokens per second of a model, and what share that is of what this machine's memory and cores allow."""
+"""`puna bench MODEL`: tokens per second of a model, and what share that is of what memory and cores allow.
+
+Also the group `puna bench`, which `serve` belongs to, too (see bench_serve.py).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+import typer.core
 
-from puna.cli.display import check_plot, print_table, progress_bar
+from puna.cli.bench_serve import bench_serve
+from puna.cli.display import check_plot, print_table, progress_bar, write
 from puna.cli.options import DtypeName, Quantization
 
 if TYPE_CHECKING:
@@ -19,7 +24,29 @@ if TYPE_CHECKING:
 _PROMPT_TOKENS: Final = 512
 
 
-def bench(
+class _BenchGroup(typer.core.TyperGroup):
+    """`puna bench MODEL` stands for `puna bench model MODEL`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["model", *args]
+        return super().parse_args(ctx, args)
+
+
+bench_app = typer.Typer(cls=_BenchGroup)
+bench_app.command(name="serve")(bench_serve)
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure the speed of a model (puna bench MODEL), or of a running server (puna bench serve URL).
+
+    What comes after `puna bench` and is neither `serve` nor `model` belongs to `model`: see puna bench model --help.
+    """
+
+
+@bench_app.command(name="model")
+def bench_model(
     model: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="A folder, a GGUF file, a hub id or 'demo'; or give --random."),
@@ -67,7 +94,7 @@ def bench(
 
     from puna.checkpoints import open_checkpoint
     from puna.cli.bench_run import Settings, measure
-    from puna.cli.session import set_threads, write
+    from puna.cli.session import set_threads
     from puna.engine.token_ids import token_id_tokenizer
     from puna.models.loading import resolved_config
     from puna.models.random_weights import random_checkpoint

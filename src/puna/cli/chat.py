@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from puna.cli.display import prepare_output, write
 from puna.cli.errors import say
 from puna.cli.options import EngineFlags, ModelFlags, SamplingFlags, unbundle
 
@@ -48,7 +49,7 @@ def chat(
 
     Example: puna chat --model Qwen/Qwen2.5-0.5B-Instruct
     """
-    from puna.cli.session import OpenedModel, prepare_output
+    from puna.cli.session import OpenedModel
 
     opened = OpenedModel.open(model_flags, engine_flags)
     if engine_flags.max_model_len is None:
@@ -119,7 +120,7 @@ class Conversation:
 
     def _answer(self, message: str) -> None:
         """Streams an answer. Nothing is remembered of a message that can't be answered."""
-        from puna.cli.session import Answer, write
+        from puna.cli.session import Answer
 
         turns, prompt_ids, settings = self._fitted([*self._turns, ("user", message)])
         answer = Answer(self._engine, self._opened, prompt_ids, settings, drops_space=True)

@@ -1,4 +1,4 @@
-"""What commands that measure show: a bar while they run, tables, and plots in files."""
+"""What commands show: text, a bar while they measure, tables, and plots in files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Final
 
 PLOT_TYPES: Final = (".png", ".pdf", ".svg")
+
+
+def write(text: str) -> None:
+    """To standard output at once, so that a reader of a pipe has it too."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def prepare_output() -> None:
+    """A terminal that can't show a character gets a question mark for it, not the user an error."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager
@@ -29,8 +42,6 @@ def print_table(title: str, header: Sequence[str] | None, rows: Sequence[Sequenc
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-
-    from puna.cli.session import prepare_output
 
     prepare_output()
     table = Table(show_header=header is not None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from puna.cli.display import check_plot, print_table, progress_bar
+from puna.cli.display import check_plot, print_table, progress_bar, write
 from puna.cli.options import DtypeName, EngineFlags, ModelFlags, Quantization, unbundle
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def perplexity(
     """
     documents = _documents(data)
 
-    from puna.cli.session import OpenedModel, write
+    from puna.cli.session import OpenedModel
     from puna.evaluation.perplexity import measure_perplexity
 
     opened = OpenedModel.open(model_flags, EngineFlags(no_prefix_caching=True))
@@ -133,7 +133,7 @@ def compare(
     if plot is not None:
         check_plot(plot)
 
-    from puna.cli.session import OpenedModel, write
+    from puna.cli.session import OpenedModel
     from puna.evaluation.compare import compare_models, encode_for_both
     from puna.models import load_model
 

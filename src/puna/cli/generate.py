@@ -9,6 +9,7 @@ from typing import Annotated, Final
 
 import typer
 
+from puna.cli.display import prepare_output, write
 from puna.cli.options import EngineFlags, ModelFlags, SamplingFlags, unbundle
 from puna.runtime.machine import peak_memory_bytes
 
@@ -98,7 +99,7 @@ def generate(
         raise ValueError(f"--n is {n}, but only one text can be streamed: add --json, or use --input")
     text = _prompt_text(prompt)
 
-    from puna.cli.session import Answer, OpenedModel, prepare_output, result_fields, stats_lines, write
+    from puna.cli.session import Answer, OpenedModel, result_fields, stats_lines
 
     opened = OpenedModel.open(model_flags, engine_flags)
     if apply_chat_template:

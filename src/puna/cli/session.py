@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import queue
 import secrets
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -322,18 +320,6 @@ def stats_lines(answer: Answer, load_seconds: float) -> list[str]:
         f"loading      {load_seconds:.2f} s",
         f"peak memory  {peak_memory_bytes() / 2**20:.0f} MiB",
     ]
-
-
-def write(text: str) -> None:
-    """To standard output at once, so that a reader of a pipe has it too."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def prepare_output() -> None:
-    """A terminal that can't show a character gets a question mark for it, not the user an error."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def set_threads(threads: int | None) -> None:
