@@ -20,6 +20,7 @@ from puna.serving.chat_page import PAGE_PATHS, add_chat_page
 from puna.serving.completions import Completion
 from puna.serving.errors import ApiError, bad_request, json_response, validation_error
 from puna.serving.generation import encoded, engine_error
+from puna.serving.openapi import describe
 from puna.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from puna.serving.record import RequestRecord
 from puna.serving.state import ServerState, is_authorized
@@ -39,6 +40,7 @@ def make_app(state: ServerState) -> FastAPI:
     _add_text(app, state)
     _add_status(app, state)
     add_chat_page(app)
+    describe(app, state.settings)
     app.add_middleware(_Guard, state=state)
     return app
 
