@@ -17,6 +17,7 @@ from torch import Tensor
 from puna.config import CacheDtype, EngineConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import BeamSearchOutput, CompletionOutput, RequestDelta, RequestOutput
+from puna.runtime.tracing import ChromeTrace
 from puna.scheduling.beams import BeamParams
 from puna.scheduling.pooling_params import Pooling, PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
@@ -48,6 +49,7 @@ class LLM:
     """Loads a model and generates with it; see EngineConfig for the limits. Several threads may use one.
 
     `quantization`: "int8", "int4" or "bf16" rounds the weights while they are read; None takes them as they are.
+    `profile_dir`: a folder for a timeline of steps and requests, which Perfetto and chrome://tracing show.
 
     Raises ValueError and FileNotFoundError as `puna.load_model` does, and ValueError, before weights are read, where
     model and cache do not fit into memory.
@@ -70,6 +72,7 @@ class LLM:
         kv_cache_dtype: CacheDtype = "auto",
         threads: int | None = None,
         enforce_eager: bool = False,
+        profile_dir: str | Path | None = None,
     ) -> None:
         limits = EngineConfig(
             max_model_len=max_model_len,
@@ -83,7 +86,15 @@ class LLM:
             threads=threads,
             enforce_eager=enforce_eager,
         )
-        self.engine = Engine.from_pretrained(str(model), dtype, device, limits, quantization=quantization)
+        tracer = None if profile_dir is None else ChromeTrace(profile_dir)
+        try:
+            self.engine = Engine.from_pretrained(
+                str(model), dtype, device, limits, quantization=quantization, tracer=tracer
+            )
+        except BaseException:
+            if tracer is not None:
+                tracer.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

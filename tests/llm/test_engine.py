@@ -392,9 +392,9 @@ def test_an_idle_engine_keeps_nothing_of_what_has_ended(engine: Engine) -> None:
 def test_memory_is_planned_before_any_weight_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 
-    def load(loader: ModelLoader[LLaMAForCausalLM]) -> LLaMAForCausalLM:
+    def load(loader: ModelLoader[LLaMAForCausalLM], progress: Any) -> LLaMAForCausalLM:
         read.append(loader)
-        return original(loader)
+        return original(loader, progress)
 
     original = ModelLoader.load
     monkeypatch.setattr(ModelLoader, "load", load)

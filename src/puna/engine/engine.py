@@ -18,9 +18,10 @@ import torch
 from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint
 from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
 from puna.distributed import NullCommunicator
-from puna.engine.executor import Executor, LocalExecutor
+from puna.engine.executor import Executor, ExecutorEnded, LocalExecutor
 from puna.engine.output_processor import OutputProcessor
 from puna.engine.outputs import RequestDelta
+from puna.engine.request_trace import RequestTrace
 from puna.engine.token_bytes import TokenBytes
 from puna.engine.tokenizer import Tokenizer
 from puna.models import LLaMAForCausalLM, model_loader
@@ -33,6 +34,7 @@ from puna.runtime.machine import usable_cpus
 from puna.runtime.model_runner import ModelRunner
 from puna.runtime.sampler import Sampler, validate
 from puna.runtime.step_buffers import StepBuffers
+from puna.runtime.tracing import Tracer
 from puna.scheduling.beams import BeamParams
 from puna.scheduling.block_manager import BlockManager
 from puna.scheduling.events import Event
@@ -91,8 +93,9 @@ class Engine:
     with its error, and the engine takes no more.
     """
 
-    def __init__(self, parts: EngineParts) -> None:
+    def __init__(self, parts: EngineParts, tracer: Tracer | None = None) -> None:
         self.parts = parts
+        self._tracer = tracer
         self.max_model_len = parts.engine_config.max_model_len or parts.config.context_length
         self._seeds = random.Random(parts.engine_config.seed)
         self._request_ids = itertools.count()
@@ -118,13 +121,16 @@ class Engine:
         *,
         quantization: str | None = None,
         tokenizer: Tokenizer | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        tracer: Tracer | None = None,
     ) -> Engine:
         """Loads a checkpoint (see `puna.load_model`) and starts an engine on it.
 
         `quantization` None means weights as the checkpoint has them.
 
         `tokenizer` is the checkpoint's own, of a caller that has read it already: large ones take a while. One without
-        files, such as `random_checkpoint`'s, has none: there it must be given.
+        files, such as `random_checkpoint`'s, has none: there it must be given. `progress` is called with the bytes of
+        weights that are there, and those of all. `tracer` gets the times of steps and requests; the engine closes it.
         Raises ValueError, before any weight is read, where model and cache do not fit into memory.
         """
         engine_config = EngineConfig() if engine_config is None else engine_config
@@ -155,7 +161,7 @@ class Engine:
             loader.weight_bytes,
         )
         cpu.set_threads(engine_config.threads or min(usable_cpus(), torch.get_num_threads()))
-        network = loader.load()
+        network = loader.load(progress)
         limits = SchedulerLimits(
             max_num_seqs=capacity.max_num_seqs,
             max_num_batched_tokens=capacity.max_num_batched_tokens,
@@ -181,6 +187,7 @@ class Engine:
             ),
             Sampler(config.vocab_size, comm.device, grammars),
             use_buckets=loader.config.quant != "none" and not engine_config.enforce_eager,
+            tracer=tracer,
         )
         return cls(
             EngineParts(
@@ -189,10 +196,11 @@ class Engine:
                 engine_config=engine_config,
                 tokenizer=tokenizer,
                 scheduler=Scheduler(limits, blocks),
-                executor=LocalExecutor(runner),
+                executor=LocalExecutor(runner, tracer),
                 grammars=grammars,
                 memory=memory,
-            )
+            ),
+            tracer,
         )
 
     def submit(
@@ -220,6 +228,8 @@ class Engine:
             if self._failure is not None or self._stopping:
                 raise RuntimeError(f"the engine has stopped: {self._failure or 'it was shut down'}")
             self.parts.scheduler.add(request)
+            if self._tracer is not None:
+                listener = RequestTrace(self._tracer, request, listener)
             self._processors[id(request)] = (processor, listener)
             self._lock.notify_all()
         return request.request_id
@@ -350,12 +360,16 @@ class Engine:
                         self._lock.wait()
                     if self._stopping and not self.parts.scheduler.has_work and in_flight is None:
                         break
-                    plan = self.parts.scheduler.plan(time.monotonic())
+                    start = time.monotonic()
+                    plan = self.parts.scheduler.plan(start)
+                self._trace("plan", start, 0 if plan is None else len(plan.rows))
                 in_flight = self._advance(plan, in_flight)
         except BaseException as error:  # whatever ends this thread, nobody must wait for it forever
             self._fail(error)
         finally:
             self.parts.executor.shutdown()
+            if self._tracer is not None:
+                self._tracer.close()
 
     def _advance(self, plan: StepPlan | None, in_flight: Future[StepResult] | None) -> Future[StepResult] | None:
         """Starts the plan behind the step that runs, then takes over that one's result."""
@@ -364,9 +378,13 @@ class Engine:
             self._step_tokens += count
         started = None if plan is None else self.parts.executor.submit(plan)
         result = _NOTHING if in_flight is None else in_flight.result()
+        start = time.monotonic()
         with self._lock:
             events = self.parts.scheduler.commit(result)
+        self._trace("commit", start, len(result.tokens))
+        start = time.monotonic()
         self._deliver(events)
+        self._trace("deliver", start, len(events))
         return started
 
     def _deliver(self, events: list[Event]) -> None:
@@ -393,6 +411,11 @@ class Engine:
                     del self._processors[key]
                     self.parts.scheduler.cancel_request(processor.request)
 
+    def _trace(self, name: str, start: float, count: int) -> None:
+        """Something that this thread did with so many things, until now."""
+        if self._tracer is not None and count > 0:
+            self._tracer.span("engine", name, start, time.monotonic(), {"count": count})
+
     def _finish_sequence(self, sequence_id: int) -> None:
         with self._lock:
             self.parts.scheduler.finish(sequence_id, "stop")
@@ -402,6 +425,9 @@ class Engine:
             self._failure = _text_of(error)
             left = list(self._processors.values())
             self._processors.clear()
+        if left or not isinstance(error, ExecutorEnded):  # that is how a process ends that did not close its engine
+            ids = ", ".join(processor.request.request_id for processor, _ in left)
+            _log.error("the engine has failed; requests that it ran or held: %s", ids or "none", exc_info=error)
         for processor, listener in left:
             _call(listener, RequestDelta(processor.request.request_id, finished=True, error=self._failure))
 

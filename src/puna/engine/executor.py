@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import atexit
+import queue
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
 from typing import Protocol
 
 from puna.runtime.model_runner import ModelRunner
+from puna.runtime.tracing import Tracer
 from puna.scheduling.step_plan import StepPlan, StepResult
+
+
+class ExecutorEnded(RuntimeError):
+    """A step can't run: what would run it has been shut down, or has died."""
 
 
 class Executor(Protocol):
     """Runs plans in the order in which they are submitted."""
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
-        """Starts a step, or queues it behind the one that runs."""
+        """Starts a step, or queues it behind the one that runs. Raises ExecutorEnded."""
         ...
 
     def shutdown(self) -> None:
@@ -22,14 +32,82 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs the steps in a thread of this process; torch lets go of the interpreter while its kernels run."""
+    """Runs the steps in a thread of this process; torch lets go of the interpreter while its kernels run.
 
-    def __init__(self, runner: ModelRunner) -> None:
+    However that thread ends, every step gets a result or an error, and the next one is refused: nobody waits forever.
+    concurrent.futures' own pool would not notice that its thread has died.
+    """
+
+    def __init__(self, runner: ModelRunner, tracer: Tracer | None = None) -> None:
         self._runner = runner
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="puna-step")
+        self._tracer = tracer
+        self._num_steps = 0
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards what follows
+        self._futures: deque[Future[StepResult]] = deque()  # of plans that are queued, and of the one that runs
+        self._has_ended = False
+        self._thread = threading.Thread(target=self._run, name="puna-step", daemon=True)
+        self._thread.start()
+        # A program may end without a word to its engine; its last step must not run while the interpreter goes away.
+        atexit.register(self.shutdown)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
-        return self._thread.submit(self._runner.execute, plan)
+        future: Future[StepResult] = Future()
+        with self._lock:
+            if self._has_ended:
+                raise ExecutorEnded("the thread that runs the steps has ended")
+            self._futures.append(future)
+            self._plans.put(plan)
+        return future
 
     def shutdown(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        atexit.unregister(self.shutdown)
+        self._end("the executor was shut down")
+        self._plans.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (plan := self._plans.get()) is not None and not self._has_ended:
+                try:
+                    result = self._execute(plan)
+                except BaseException as error:  # also what was meant to end this thread: it is the engine that ends
+                    self._take_future().set_exception(error)
+                else:
+                    self._take_future().set_result(result)
+        finally:
+            self._end("the thread that runs the steps has died")
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        start = time.monotonic()
+        result = self._runner.execute(plan)
+        if self._tracer is not None:
+            self._num_steps += 1
+            self._tracer.span("steps", "step", start, time.monotonic(), _describe(plan) | {"step": self._num_steps})
+        return result
+
+    def _take_future(self) -> Future[StepResult]:
+        with self._lock:
+            return self._futures.popleft() if self._futures else Future()  # nobody waits for what was queued at the end
+
+    def _end(self, reason: str) -> None:
+        with self._lock:
+            self._has_ended = True
+            left = list(self._futures)
+            self._futures.clear()
+        for future in left:
+            future.set_exception(ExecutorEnded(reason))
+
+
+def _describe(plan: StepPlan) -> dict[str, int]:
+    """Sizes of a step. A row is of the prefill where it has tokens of a prompt."""
+    prefill = [row for row in plan.rows if row.first_position < row.prompt_length]
+    prefill_tokens = sum(len(row.token_ids) for row in prefill)
+    return {
+        "tokens": plan.num_tokens,
+        "sequences": len(plan.rows),
+        "prefill_tokens": prefill_tokens,
+        "prefill_sequences": len(prefill),
+        "decode_tokens": plan.num_tokens - prefill_tokens,
+        "decode_sequences": len(plan.rows) - len(prefill),
+    }

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast, get_args
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn
+from rich.progress import Progress as ProgressBars
 from torch import Tensor, nn
 
 from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint, write_checkpoint
@@ -28,6 +29,8 @@ from puna.quantization import QUANTIZATIONS, stored_format
 if TYPE_CHECKING:
     from puna.models.llama import LLaMAForCausalLM
 
+# Called with how much is done, and the total.
+Progress = Callable[[int, int], None]
 Model = TypeVar("Model", bound="LLaMAForCausalLM")
 
 # What old versions of transformers wrote beside the weights; the values follow from the config.
@@ -84,14 +87,19 @@ class ModelLoader(Generic[Model]):
         """What the weights of this rank take."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
 
-    def load(self) -> Model:
-        """Gives the model storage, fills it and hands it over. One call of `load` or `build` may be made."""
+    def load(self, progress: Progress | None = None) -> Model:
+        """Gives the model storage, fills it and hands it over. One call of `load` or `build` may be made.
+
+        `progress` is called with the bytes of weights that were read, and those of all.
+        """
         if isinstance(self.checkpoint, EngineDirectory):
             mapped = self.checkpoint.map(_kinds(self._model))
             _place(self._model, lambda name, _: mapped[name])
+            if progress is not None:
+                progress(self.weight_bytes, self.weight_bytes)
         else:
             allocate(self._model, self.comm.device)
-            self._fill()
+            self._fill(progress)
         return self._model.eval()
 
     def build(self, target: str | Path) -> None:
@@ -115,13 +123,13 @@ class ModelLoader(Generic[Model]):
             _place(self._model, lambda name, _: storage[name])
             self._fill()
 
-    def _fill(self) -> None:
+    def _fill(self, tell: Progress | None = None) -> None:
         checkpoint, pieces = self.checkpoint, list(self._model.pieces())
         # Asked for another format, a quantised weight is rounded anew.
         keeps_groups = self.config.quant == "stored"
-        with _progress(is_first_rank=self.comm.mapping.rank == 0) as progress:
+        with _bar(is_first_rank=self.comm.mapping.rank == 0) as bar:
             total = sum(_bytes_of(piece, checkpoint, name) for name, piece in pieces)
-            task = progress.add_task("loading weights", total=total)
+            task, done = bar.add_task("loading weights", total=total), 0
             left_behind = 0
             for name, piece in pieces:
                 groups = checkpoint.read_groups(name, piece.source) if keeps_groups and piece.write_groups else None
@@ -133,7 +141,10 @@ class ModelLoader(Generic[Model]):
                 if left_behind > _GIVE_BACK_EVERY:
                     _give_back()
                     left_behind = 0
-                progress.advance(task, _bytes_of(piece, checkpoint, name))
+                done += _bytes_of(piece, checkpoint, name)
+                bar.update(task, completed=done)
+                if tell is not None:
+                    tell(done, total)
         _give_back()
 
 
@@ -309,8 +320,8 @@ def _bytes_of(piece: Piece, checkpoint: Checkpoint, name: str) -> int:
     return count * (4 if checkpoint.dtype(name) == "float32" else 2)
 
 
-def _progress(is_first_rank: bool) -> Progress:
+def _bar(is_first_rank: bool) -> ProgressBars:
     """A bar on standard error if that is a terminal, gone when the loading is done."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    return Progress(*columns, console=console, transient=True, disable=not (is_first_rank and sys.stderr.isatty()))
+    return ProgressBars(*columns, console=console, transient=True, disable=not (is_first_rank and sys.stderr.isatty()))

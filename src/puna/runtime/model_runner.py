@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from puna.runtime.pooler import Pooler
 from puna.runtime.sampler import Sampler, candidates, token_logprobs
 from puna.runtime.step_buffers import StepBuffers, StepInputs
 from puna.runtime.step_graph import CpuStepGraph, EagerStepGraph, NotRecordable, StepGraph, bucket_for, bucket_sizes
+from puna.runtime.tracing import Tracer
 from puna.scheduling.step_plan import PromptLogprobs, StepPlan, StepResult
 
 _log = logging.getLogger(__name__)
@@ -34,13 +36,20 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: LLaMAForCausalLM, pool: KVPool, buffers: StepBuffers, sampler: Sampler, use_buckets: bool = False
+        self,
+        model: LLaMAForCausalLM,
+        pool: KVPool,
+        buffers: StepBuffers,
+        sampler: Sampler,
+        use_buckets: bool = False,
+        tracer: Tracer | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
         self.buffers = buffers
         self.sampler = sampler
         self.pooler = Pooler()
+        self._tracer = tracer
         self._buckets = bucket_sizes(buffers.max_rows) if use_buckets else ()
         self._graphs: dict[int, StepGraph] = {}
         self._arena = cpu.Arena()  # one for all graphs: they run one after another
@@ -60,7 +69,12 @@ class ModelRunner:
         self.pool.copy_blocks(plan.copies)
         if any(row.pooling is not None for row in plan.rows):
             return self._pool_and_choose(plan)
-        return self._choose(plan, self._logits(plan))
+        logits = self._logits(plan)
+        start = time.monotonic()
+        result = self._choose(plan, logits)
+        if self._tracer is not None:
+            self._tracer.span("steps", "sample", start, time.monotonic(), {"tokens": len(result.tokens)})
+        return result
 
     def _pool_and_choose(self, plan: StepPlan) -> StepResult:
         """A step that has prompts to pool: in Python, since a recorded one keeps nothing but its logits."""
