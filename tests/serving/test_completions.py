@@ -46,6 +46,7 @@ def test_every_kind_of_prompt(server: Any, dense: LLaMAForCausalLM, prompt: str)
             "prompt_tokens": len(ids),
             "completion_tokens": 8,
             "total_tokens": len(ids) + 8,
+            "prompt_tokens_details": {"cached_tokens": 0},
         }
     several = server.client.completions.create(prompt=[ids, ids[:2]], **options)
     assert [choice.index for choice in several.choices] == [0, 1]

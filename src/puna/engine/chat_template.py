@@ -203,6 +203,10 @@ class ChatTemplate:
         )
         return _cut_at_mark(text, final_text) if continue_final_message else text
 
+    def mentions(self, text: str) -> bool:
+        """Whether any of the templates has this in its source: a mark that it writes or looks for, or a variable."""
+        return any(text in source for source in self._sources.values())
+
     def _select(self, tools: object) -> str:
         if tools is not None and "tool_use" in self._sources:
             return "tool_use"

@@ -38,6 +38,7 @@ class OutputProcessor:
         self._completions = [_Completion(request, tokenizer) for _ in range(count)]
         self.start: RequestStart | None = None
         self._prompt_logprobs: list[PositionLogprobs | None] = [None] * len(request.prompt_token_ids)
+        self._owes_prompt = request.params.prompt_logprobs is not None
 
     def process(self, events: list[Event]) -> RequestDelta:
         """One delta for what one step brought the request."""
@@ -69,11 +70,13 @@ class OutputProcessor:
                 )
         if self.request.beams is None:
             finished = error is not None or all(completion.finished for completion in self._completions)
-        wants_prompt = finished and self.request.params.prompt_logprobs is not None
+        # The prompt's come once, as soon as all of them are known; nothing predicts its first token.
+        tells_prompt = self._owes_prompt and (finished or all(self._prompt_logprobs[1:]))
+        self._owes_prompt = self._owes_prompt and not tells_prompt
         return RequestDelta(
             self.request.request_id,
             tuple(completions),
-            tuple(self._prompt_logprobs) if wants_prompt else None,
+            tuple(self._prompt_logprobs) if tells_prompt else None,
             beams,
             finished,
             error,

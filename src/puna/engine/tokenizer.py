@@ -360,7 +360,7 @@ class Tokenizer:
     def __init__(self, backend: _Backend, chat_templates: Mapping[str, str]) -> None:
         self._backend = backend
         self.special_ids: frozenset[int] = backend.special_ids
-        special_tokens = {
+        self._special_tokens = special_tokens = {
             name: token
             for name, token_id in backend.named_ids.items()
             if (token := backend.id_to_token(token_id)) is not None
@@ -456,6 +456,10 @@ class Tokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         return self._backend.id_to_token(token_id)
+
+    def compile_chat_template(self, source: str) -> ChatTemplate:
+        """A template of the caller's own, with this tokenizer's special tokens. ValueError if it does not compile."""
+        return ChatTemplate({"default": source}, self._special_tokens)
 
     def render_chat(
         self,

@@ -15,13 +15,21 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from puna import __version__
-from puna.serving.chat import Chat, encode_conversation
+from puna.serving.chat import Chat
 from puna.serving.chat_page import PAGE_PATHS, add_chat_page
 from puna.serving.completions import Completion
+from puna.serving.conversation import encode_conversation, own_template
+from puna.serving.embeddings import Embeddings
 from puna.serving.errors import ApiError, bad_request, json_response, validation_error
 from puna.serving.generation import encoded, engine_error
 from puna.serving.openapi import describe
-from puna.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from puna.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from puna.serving.record import RequestRecord
 from puna.serving.state import ServerState, is_authorized
 from puna.serving.streaming import EventStream, until_gone
@@ -60,6 +68,11 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await respond(Completion(state, body, request.state.record), bool(body.stream), request)
 
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        answer = await until_gone(Embeddings(state, body, request.state.record).answer(), request.receive)
+        return Response(status_code=_GONE) if answer is None else answer
+
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await respond(Chat(state, body, request.state.record), bool(body.stream), request)
@@ -74,13 +87,15 @@ def _add_text(app: FastAPI, state: ServerState) -> None:
         if body.messages is not None:
             if body.add_special_tokens:
                 raise bad_request("the chat template writes the special tokens: leave it out", "add_special_tokens")
-            tokens = await encode_conversation(
+            conversation = await encode_conversation(
                 engine,
+                await own_template(engine, None, False),
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 variables=body.chat_template_kwargs,
             )
+            tokens = conversation.token_ids
         else:
             for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
                 if getattr(body, name) is not None:

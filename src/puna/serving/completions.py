@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from puna import __version__
 from puna.engine.outputs import CompletionOutput, RequestOutput
 from puna.serving.errors import bad_request
 from puna.serving.generation import Generation, Part, encoded
@@ -27,8 +29,15 @@ class Completion:
         self._request = request
         self._record = record
         self._tokenizer = state.ready_engine().parts.tokenizer
-        self._head = {"id": f"cmpl-{record.request_id}", "object": "text_completion", "created": int(time.time())}
+        self._head = {
+            "id": f"cmpl-{record.request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
+            "system_fingerprint": fingerprint(state),
+        }
         self._n = request.n or 1
+        self._copies = 1  # of each text that the engine makes
         self._texts: list[str] = []
 
     async def start(self) -> Generation:
@@ -58,6 +67,7 @@ class Completion:
             logprobs=logprobs,
             **overrides,
         )
+        self._copies = best_of // params.n
         if request.echo and request.logprobs is not None and (request.prompt_logprobs or 99) < request.logprobs:
             raise bad_request("with echo, prompt_logprobs can't be less than logprobs", "prompt_logprobs")
         if request.echo:
@@ -75,79 +85,78 @@ class Completion:
             outputs = await generation.finish()
         choices = []
         for prompt_index, output in enumerate(outputs):
-            best = output.outputs
+            best = [completion for completion in output.outputs for _ in range(self._copies)]
             if len(best) > self._n:  # the likeliest by token, as OpenAI ranks them
                 best = sorted(best, key=_mean_logprob, reverse=True)[: self._n]
             choices += [self._whole_choice(prompt_index, i, output, completion) for i, completion in enumerate(best)]
-        return self._head | {"model": self._request.model, "choices": choices, "usage": self._usage(outputs)}
+        return self._head | {"choices": choices, "usage": self._usage(outputs)}
 
     async def chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
-        request = self._request
-        include_usage = request.stream_options is not None and request.stream_options.include_usage
-        common = self._head | {"model": request.model} | ({"usage": None} if include_usage else {})
-        logprobs: dict[int, CompletionLogprobs] = {}
+        options = self._request.stream_options
+        include_usage = options is not None and options.include_usage is True
+        usage_in_each = options is not None and options.continuous_usage_stats is True
         async with generation:
-            echoes_only = request.max_tokens == 0
-            seen: set[int] = set()
-            if request.echo and request.logprobs is None:
-                for i, output in enumerate(generation.outputs):
-                    for k in range(self._n):
-                        choice = self._choice(i * self._n + k, self._texts[i])
-                        if request.return_token_ids:
-                            choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": []}
-                        seen.add(i * self._n + k)
-                        yield common | {"choices": [choice]}
-            async for part in self._parts(generation):
-                if part is None:
+            async for choice in self._chunk_choices(generation):
+                if choice is None:
                     yield None
                     continue
-                index = part.prompt_index * self._n + part.completion.index
-                output = generation.outputs[part.prompt_index]
-                choice = self._part_choice(index, part, logprobs, output, echoes_only)
-                if request.return_token_ids and index not in seen:
-                    choice["prompt_token_ids"] = output.prompt_token_ids
-                if index not in seen and request.echo:
-                    choice["text"] = self._texts[part.prompt_index] + choice["text"]
-                seen.add(index)
-                yield common | {"choices": [choice]}
+                chunk = self._head | {"choices": [choice]}
+                if usage_in_each:
+                    chunk["usage"] = self._usage(generation.outputs)
+                elif include_usage:
+                    chunk["usage"] = None
+                yield chunk
         if include_usage:
-            yield common | {"choices": [], "usage": self._usage(generation.outputs)}
+            yield self._head | {"choices": [], "usage": self._usage(generation.outputs)}
 
-    async def _parts(self, generation: Generation) -> AsyncIterator[Part | None]:
-        """The generation's; all of them at its end where an echo needs the prompt's log-probabilities, told then."""
-        waits = self._request.echo and self._request.logprobs is not None
-        held: list[Part] = []
+    async def _chunk_choices(self, generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
+        """None where nothing has come for a while. A choice begins with its echo: at once, or, with its
+        log-probabilities, when they are known."""
+        request = self._request
+        logprobs: dict[int, CompletionLogprobs] = {}
+        seen: set[int] = set()
+        if request.echo and request.logprobs is None:
+            for prompt_index, output in enumerate(generation.outputs):
+                for index in range(prompt_index * self._n, (prompt_index + 1) * self._n):
+                    seen.add(index)
+                    yield self._echo_choice(index, prompt_index, output)
         async for part in generation.parts(self._state.settings.keep_alive):
-            if part is not None and waits:
-                held.append(part)
-            else:
-                yield part
-        for part in held:
-            yield part
+            if part is None:
+                yield None
+                continue
+            output = generation.outputs[part.prompt_index]
+            first = part.prompt_index * self._n + part.completion.index * self._copies
+            for index in range(first, first + self._copies):
+                begins = index not in seen
+                seen.add(index)
+                if begins and request.logprobs is not None:
+                    logprobs[index] = self._logprobs()
+                if begins and request.echo:
+                    yield self._echo_choice(index, part.prompt_index, output, logprobs[index])
+                elif begins and request.logprobs is not None:
+                    logprobs[index].skip(output.prompt_token_ids[-8:])
+                choice = self._part_choice(index, part, logprobs.get(index))
+                if request.return_token_ids and begins and not request.echo:
+                    choice["prompt_token_ids"] = output.prompt_token_ids
+                yield choice
 
-    def _part_choice(
-        self,
-        index: int,
-        part: Part,
-        logprobs: dict[int, CompletionLogprobs],
-        output: RequestOutput,
-        echoes_only: bool,
+    def _echo_choice(
+        self, index: int, prompt_index: int, output: RequestOutput, logprobs: CompletionLogprobs | None = None
     ) -> dict[str, Any]:
-        piece = part.completion
+        choice = self._choice(index, self._texts[prompt_index])
+        if logprobs is not None:
+            choice["logprobs"] = logprobs.push(output.prompt_token_ids, output.prompt_logprobs or [])
+        if self._request.return_token_ids:
+            choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": []}
+        return choice
+
+    def _part_choice(self, index: int, part: Part, logprobs: CompletionLogprobs | None) -> dict[str, Any]:
+        piece, echoes_only = part.completion, self._request.max_tokens == 0
         choice = self._choice(index, "" if echoes_only else piece.text, piece.finish_reason, piece.stop_reason)
         if echoes_only:  # how the token that nobody asked for ended says nothing
             choice |= ending("length", None)
-        if self._request.logprobs is not None:
-            shown = []
-            if index not in logprobs:
-                logprobs[index] = self._logprobs()
-                if self._request.echo:
-                    shown.append(logprobs[index].push(output.prompt_token_ids, output.prompt_logprobs or []))
-                else:
-                    logprobs[index].skip(output.prompt_token_ids[-8:])
-            if not echoes_only:
-                shown.append(logprobs[index].push(piece.token_ids, piece.logprobs))
-            choice["logprobs"] = _merged(shown)
+        if logprobs is not None:
+            choice["logprobs"] = logprobs.push(*(((), ()) if echoes_only else (piece.token_ids, piece.logprobs)))
         if self._request.return_token_ids:
             choice["token_ids"] = [] if echoes_only else list(piece.token_ids)
         return choice
@@ -188,7 +197,7 @@ class Completion:
         return CompletionLogprobs(self._tokenizer, request.logprobs or 0, request.skip_special_tokens is not False)
 
     def _usage(self, outputs: list[RequestOutput]) -> dict[str, Any]:
-        return usage(outputs, shown_tokens=0 if self._request.max_tokens == 0 else None)
+        return usage(outputs, self._record.cached_tokens, 0 if self._request.max_tokens == 0 else self._copies)
 
 
 def ending(finish_reason: str | None, stop_reason: str | int | None) -> dict[str, Any]:
@@ -198,11 +207,28 @@ def ending(finish_reason: str | None, stop_reason: str | int | None) -> dict[str
     return {"finish_reason": finish_reason, "stop_reason": stop_reason}
 
 
-def usage(outputs: list[RequestOutput], shown_tokens: int | None = None) -> dict[str, Any]:
+def usage(
+    outputs: list[RequestOutput], cached_tokens: int, copies: int = 1, reasoning_tokens: int | None = None
+) -> dict[str, Any]:
+    """`copies`: how often each text is shown. `cached_tokens` and `reasoning_tokens` are among those counted."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    generated = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    completion = generated if shown_tokens is None else shown_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    completion = copies * sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    found: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+    if reasoning_tokens is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return found
+
+
+def fingerprint(state: ServerState) -> str:
+    """The same for the same model, in the same numbers, by the same version: then seeds give the same texts."""
+    config = state.ready_engine().parts.config
+    digest = hashlib.sha256(f"{state.settings.model_name} {config}".encode()).hexdigest()
+    return f"puna-{__version__}-{digest[:8]}"
 
 
 def _mean_logprob(completion: CompletionOutput) -> float:

@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import json
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_PROMPTS: Final = 256
+MAX_INPUTS: Final = 2048  # OpenAI's
 MAX_N: Final = 128
 MAX_LOGPROBS: Final = 20
 MAX_STOPS: Final = 64
 MAX_GUIDE_CHARS: Final = 64 * 1024
 MAX_TOOLS: Final = 128
-# OpenAI's fields with values that ask for nothing more than this server does: those here, and null.
-_HARMLESS: Final = (("store", False), ("service_tier", "auto"), ("service_tier", "default"))
-_GUIDES: Final = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
+MAX_TEMPLATE_CHARS: Final = 64 * 1024
+# Fields of OpenAI's and vLLM's with values that ask for nothing more than this server does: those here, and null.
+_HARMLESS: Final = (
+    ("store", False),
+    ("metadata", {}),
+    ("modalities", ["text"]),
+    ("verbosity", "medium"),
+    ("prompt_cache_retention", "in_memory"),
+    ("prompt_cache_options", {"mode": "implicit"}),
+    ("use_beam_search", False),
+    ("length_penalty", 1.0),
+    ("spaces_between_special_tokens", True),
+)
+# Fields that clients know and this server does not honour, with what to do instead.
+_REFUSED: Final = MappingProxyType(
+    {
+        "audio": "asks for speech, and this server writes text",
+        "modalities": "can only be ['text'] here",
+        "prediction": "has no effect here, for guesses are not verified in parallel",
+        "store": "can't be true: this server keeps no answers",
+        "metadata": "belongs to stored answers, and this server keeps none",
+        "moderation": "is not done here",
+        "verbosity": "can only be medium here: say in the prompt how long the answer is to be",
+        "web_search_options": "asks for a search of the web, and this server can't reach it",
+        "functions": "is OpenAI's old field: give tools instead",
+        "function_call": "is OpenAI's old field: give tool_choice instead",
+        "prompt_cache_retention": "can only be in_memory here",
+        "prompt_cache_options": "can only have the mode implicit here",
+        "use_beam_search": "can't be true here",
+        "length_penalty": "belongs to beam search, which is not served",
+        "spaces_between_special_tokens": "can only be true here",
+    }
+)
+_GUIDES: Final = ("guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs")
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -29,7 +62,11 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
+    """`continuous_usage_stats`, vLLM's, puts the usage so far into every chunk."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class JsonSchema(Strict):
@@ -50,39 +87,32 @@ class ResponseFormat(Strict):
         return self
 
 
-class SamplingRequest(Strict):
-    """What completions and chat completions share. None means that the server's default holds."""
+class StructuredOutputs(Strict):
+    """vLLM's later form of the guided_* fields: one of these."""
+
+    json_: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | dict[str, Any] | None = Field(None, alias="json")
+    regex: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
+    grammar: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | None = None
+    json_object: Literal[True] | None = None
+
+    @field_validator("json_")
+    @classmethod
+    def _is_small(cls, value: Any) -> Any:
+        return _limited(value)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        if sum(value is not None for _, value in self) != 1:
+            raise ValueError("structured_outputs takes exactly one of json, regex, choice, grammar and json_object")
+        return self
+
+
+class EngineRequest(Strict):
+    """What all requests to the model share. None means that the server's default holds."""
 
     model: Name
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=1024)] | None = None
-
-    # vLLM's extensions
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Probability | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    return_token_ids: bool | None = None
-    guided_json: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | dict[str, Any] | None = None
-    guided_regex: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | None = None
-    guided_grammar: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
-    response_format: ResponseFormat | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None  # a label: it holds without being looked at
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     deadline: Annotated[float, Field(gt=0)] | None = None
@@ -94,7 +124,56 @@ class SamplingRequest(Strict):
             return data
         unset = {name for name, value in data.items() if value is None and name not in cls.model_fields}
         harmless = {name for name, value in _HARMLESS if name in data and data[name] == value}
-        return {name: value for name, value in data.items() if name not in unset | harmless}
+        kept = {name: value for name, value in data.items() if name not in unset | harmless}
+        refused = next((name for name in kept if name in _REFUSED), None)
+        if refused is not None:
+            raise ValueError(f"{refused} {_REFUSED[refused]}; leave it out")
+        return kept
+
+    @property
+    def constraints(self) -> list[str]:
+        """The fields given that constrain the output; there may be one."""
+        return []
+
+
+class SamplingRequest(EngineRequest):
+    """What completions and chat completions share."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # A label, and a hint for a cache of many machines: both hold without being looked at.
+    safety_identifier: Annotated[str, Field(max_length=1024)] | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    # vLLM's extensions
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Probability | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOPS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    allowed_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_token_ids: bool | None = None
+    guided_json: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | dict[str, Any] | None = None
+    guided_regex: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | None = None
+    guided_grammar: Annotated[str, Field(max_length=MAX_GUIDE_CHARS)] | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("guided_json")
     @classmethod
@@ -162,17 +241,32 @@ class CompletionRequest(SamplingRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        first = self.prompt[0]
-        if isinstance(first, int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return _several(self.prompt)
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
+def _several(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """One prompt or a list of them, as a list."""
+    if isinstance(prompts, str) or isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+class ContentPart(Strict):
+    """Of type text, or of an assistant's message that refused."""
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _has_its_text(self) -> ContentPart:
+        if (self.text is None) == (self.type == "text") or (self.refusal is None) == (self.type == "refusal"):
+            raise ValueError(f"a part of type {self.type} has the field {self.type}, and no other")
+        return self
+
+    @property
+    def written(self) -> str:
+        return self.text or self.refusal or ""
 
 
 class FunctionCall(Strict):
@@ -189,12 +283,13 @@ class ToolCall(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: str | Annotated[list[ContentPart], Field(min_length=1)] | None = None
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -204,15 +299,28 @@ class Message(Strict):
             return {k: v for k, v in data.items() if not (v is None and k not in cls.model_fields) and v != []}
         return data
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        for i, part in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(part, dict) and part.get("type") not in ("text", "refusal"):
+                raise ValueError(f"part {i} has the type {part.get('type')!r}: this server takes parts of type text")
+        return value
+
     @model_validator(mode="after")
     def _fits_its_role(self) -> Message:
-        if self.role != "assistant" and (self.tool_calls or self.refusal or self.reasoning_content):
-            raise ValueError("tool_calls, refusal and reasoning_content belong to assistant messages")
+        thought = self.reasoning_content or self.reasoning
+        if self.role != "assistant" and (self.tool_calls or self.refusal or thought):
+            raise ValueError("tool_calls, refusal, reasoning_content and reasoning belong to assistant messages")
+        if self.reasoning and self.reasoning_content and self.reasoning != self.reasoning_content:
+            raise ValueError("reasoning and reasoning_content are two names of one text: give one of them")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a tool message needs the tool_call_id that it answers")
         if self.role != "tool" and self.tool_call_id is not None:
             raise ValueError("tool_call_id belongs to tool messages")
-        if self.content is None and not self.tool_calls and self.refusal is None:
+        if self.role != "assistant" and any(p.type == "refusal" for p in self.content or () if not isinstance(p, str)):
+            raise ValueError("content has a refusal, which belongs to assistant messages")
+        if self.content is None and not (self.tool_calls or self.refusal or thought):
             raise ValueError("a message needs content")
         return self
 
@@ -220,13 +328,15 @@ class Message(Strict):
         """As chat templates of Hugging Face take it: content as one text, arguments as an object."""
         content = self.content
         if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
+            content = "\n".join(part.written for part in content)
         role = "system" if self.role == "developer" else self.role
         found: dict[str, Any] = {"role": role, "content": content or self.refusal or ""}
-        for name in ("name", "tool_call_id", "reasoning_content"):
+        for name in ("name", "tool_call_id"):
             value = getattr(self, name)
             if value is not None:
                 found[name] = value
+        if self.reasoning_content or self.reasoning:
+            found["reasoning_content"] = self.reasoning_content or self.reasoning
         if self.tool_calls:
             found["tool_calls"] = [
                 {
@@ -286,10 +396,23 @@ class NamedTool(Strict):
     function: FunctionName
 
 
+class ChosenTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: ChosenTools
+
+
 class ChatRequest(SamplingRequest, ChatPrompt):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool | None = None
+    chat_template: Annotated[str, Field(min_length=1, max_length=MAX_TEMPLATE_CHARS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -309,8 +432,37 @@ class ChatRequest(SamplingRequest, ChatPrompt):
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
+    def allowed_tools(self) -> tuple[str, ...] | None:
+        """The names of those that the model may choose from; None for all."""
+        if not isinstance(self.tool_choice, AllowedTools):
+            return None
+        return tuple(tool.function.name for tool in self.tool_choice.allowed_tools.tools)
+
+    @property
     def forces_tools(self) -> bool:
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice == "required" or self.named_tool is not None
+
+
+class EmbeddingRequest(EngineRequest):
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    pooling: Literal["last", "mean"] | None = None
+    normalize: bool | None = None
+    # vLLM's extensions; -1 means as many as the context holds.
+    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | Literal[-1] | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        return _several(self.input)
 
 
 class TokenizeRequest(Strict):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from puna.config import GenerationConfig
-from puna.scheduling.sampling_params import GuidedDecoding, SamplingParams
+from puna.scheduling.sampling_params import GuidedDecoding, ReasoningMarks, SamplingParams
 from puna.serving.errors import ApiError, bad_request
 from puna.serving.generation import refusal
 from puna.serving.protocol import SamplingRequest
@@ -23,6 +24,8 @@ _SAME_NAMES = (
     "include_stop_str_in_output",
     "skip_special_tokens",
     "prompt_logprobs",
+    "allowed_token_ids",
+    "bad_words",
 )
 
 
@@ -34,9 +37,12 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     guided: GuidedDecoding | None = None,
+    reasoning: ReasoningMarks | None = None,
     **overrides: Any,
 ) -> SamplingParams:
-    """Raises ApiError for values that can't be. `guided` is a constraint that does not come from the request's fields.
+    """Raises ApiError for values that can't be. `guided` is a constraint that does not come from the request's fields;
+    `reasoning` may come before what any of them constrains. Greedy texts are all the same, so there n is 1: whoever
+    asked for more shows the one more often.
 
     What the request leaves out is as generation_config.json recommends, where that says `do_sample`; else temperature
     1, as OpenAI has it.
@@ -54,8 +60,13 @@ def sampling_params(
     asked = guided_decoding(request)
     if guided is not None and asked is not None:
         raise bad_request("tool_choice constrains the output already: leave out response_format and guided_*")
+    constraint = guided or asked
+    if constraint is not None and reasoning is not None:
+        constraint = replace(constraint, reasoning=reasoning)
+    if chosen.get("temperature") == 0:
+        n = 1
     try:
-        return SamplingParams(n=n, max_tokens=max_tokens, logprobs=logprobs, guided=guided or asked, **chosen)
+        return SamplingParams(n=n, max_tokens=max_tokens, logprobs=logprobs, guided=constraint, **chosen)
     except ValueError as error:
         raise refusal(error) from None
 
@@ -74,6 +85,15 @@ def guided_decoding(request: SamplingRequest) -> GuidedDecoding | None:
             return GuidedDecoding(grammar=request.guided_grammar)
         if request.guided_choice is not None:
             return GuidedDecoding(choice=request.guided_choice)
+        if request.structured_outputs is not None:
+            other = request.structured_outputs
+            return GuidedDecoding(
+                json_schema=other.json_,
+                regex=other.regex,
+                choice=other.choice,
+                grammar=other.grammar,
+                json_object=bool(other.json_object),
+            )
         if form is not None and form.json_schema is not None:
             return GuidedDecoding(json_schema=form.json_schema.schema_)
         if form is not None and form.type == "json_object":

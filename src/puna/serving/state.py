@@ -22,12 +22,18 @@ _LONGEST_RETRY: Final = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """`keep_alive`: seconds without a token after which a stream gets a comment. No `api_keys`: everyone may ask."""
+    """`keep_alive`: seconds without a token after which a stream gets a comment. No `api_keys`: everyone may ask.
+
+    `splits_reasoning`: what the model's template marks as reasoning goes into a field of its own.
+    `trusts_request_template`: requests may bring chat templates.
+    """
 
     model_name: str
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 1024 * 1024
     keep_alive: float = 10.0
+    splits_reasoning: bool = True
+    trusts_request_template: bool = False
 
 
 @dataclass
