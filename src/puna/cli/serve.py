@@ -31,6 +31,11 @@ class LogFormat(str, enum.Enum):
     json = "json"
 
 
+class ReasoningParser(str, enum.Enum):
+    auto = "auto"
+    none = "none"
+
+
 @unbundle
 def serve(
     model_flags: ModelFlags,
@@ -62,6 +67,16 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds for running requests after SIGTERM.", rich_help_panel=_SERVER)
     ] = 30.0,
+    reasoning_parser: Annotated[
+        ReasoningParser,
+        typer.Option(
+            help="Whether what the chat template marks as reasoning goes into a field of its own.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = ReasoningParser.auto,
+    trust_request_chat_template: Annotated[
+        bool, typer.Option(help="Take chat templates from requests, too.", rich_help_panel=_SERVER)
+    ] = False,
     log_format: Annotated[
         LogFormat, typer.Option(help="Lines for people, or a JSON object a line.", rich_help_panel=_SERVER)
     ] = LogFormat.text,
@@ -91,6 +106,8 @@ def serve(
         model_name=served_model_name or model_flags.model,
         api_keys=keys,
         max_body_bytes=num_bytes(max_body_size, "--max-body-size"),
+        splits_reasoning=reasoning_parser is ReasoningParser.auto,
+        trusts_request_template=trust_request_chat_template,
     )
     if not keys and not host.startswith(_LOOPBACK):
         say("warning", f"everyone who reaches {host} may use this server: give --api-key-file, or listen on 127.0.0.1")

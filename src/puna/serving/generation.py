@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 from puna.engine.engine import Engine, Listener
 from puna.engine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
+from puna.scheduling.pooling_params import PoolingParams
+from puna.runtime.guided import UnenforceableError
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import QueueFullError
 from puna.serving.errors import ApiError, bad_request
-from puna.serving.protocol import SamplingRequest
+from puna.serving.protocol import EngineRequest, SamplingRequest
 from puna.serving.record import RequestMeter, RequestRecord
 from puna.serving.state import ServerState
 
@@ -47,13 +49,15 @@ class Generation:
         state: ServerState,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        request: SamplingRequest,
+        request: EngineRequest,
         record: RequestRecord,
+        pooling: PoolingParams | None = None,
     ) -> None:
         self._state = state
         self._engine = state.ready_engine()
         self._params = params
         self._request = request
+        self._pooling = pooling
         self._deltas: asyncio.Queue[_Arrival] = asyncio.Queue()
         self._record = record
         self._meter = RequestMeter(state.metrics, record, params)
@@ -80,6 +84,7 @@ class Generation:
                     priority=request.priority or 0,
                     timeout=request.deadline,
                     cache_salt=request.cache_salt or "",
+                    pooling=self._pooling,
                 )
                 self._names[index] = output.request_id
         except QueueFullError as error:
@@ -103,10 +108,13 @@ class Generation:
         """Kept by the compiler, so that submit only looks it up."""
         if self._params.guided is None:
             return
+        field = next(iter(self._request.constraints), "tools")
         try:
             await asyncio.to_thread(self._engine.parts.grammars.compile, self._params.guided)
+        except UnenforceableError as error:
+            raise ApiError(422, str(error), param=field, code="unenforceable_constraint") from None
         except ValueError as error:
-            raise bad_request(str(error), next(iter(self._request.constraints), "tools")) from None
+            raise bad_request(str(error), field) from None
 
     async def __aenter__(self) -> Self:
         return self
@@ -203,10 +211,12 @@ def engine_error() -> ApiError:
     return ApiError(500, "the engine failed on this request", kind="server_error", code="engine_error")
 
 
-async def encoded(engine: Engine, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
+async def encoded(
+    engine: Engine, prompt: str | list[int], add_special_tokens: bool = True, field: str = "prompt"
+) -> list[int]:
     if not isinstance(prompt, str):
         return prompt
     try:
         return await asyncio.to_thread(engine.parts.tokenizer.encode, prompt, add_special_tokens)
     except ValueError as error:
-        raise bad_request(str(error), "prompt") from None
+        raise bad_request(str(error), field) from None
