@@ -1,4 +1,4 @@
-"""benchmarks/server_soak.py for two minutes: a served model under 32 clients that leave and are killed, then at rest."""
+"""benchmarks/server_soak.py for two minutes: a server under 32 clients that leave and are killed, and then at rest."""
 
 from __future__ import annotations
 
