@@ -109,6 +109,9 @@ class Metrics:
         self._first_token.observe(seconds)
         self._prompt_tokens.inc(prompt_tokens)
 
+    def embedded(self, prompt_tokens: int) -> None:
+        self._prompt_tokens.inc(prompt_tokens)
+
     def tokens(self, count: int, seconds_between: float | None) -> None:
         self._generation_tokens.inc(count)
         if seconds_between is not None:

@@ -6,7 +6,7 @@ import json
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 MAX_PROMPTS: Final = 256
 MAX_INPUTS: Final = 2048  # OpenAI's
@@ -53,6 +53,25 @@ _GUIDES: Final = ("guided_json", "guided_regex", "guided_grammar", "guided_choic
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _form_of(prompt: Any) -> str | None:
+    first = prompt[0] if isinstance(prompt, list) and prompt else ""
+    if isinstance(prompt, str):
+        return "a text"
+    if not isinstance(prompt, list) or isinstance(first, bool):
+        return None
+    return {str: "a list of texts", int: "token ids", list: "lists of token ids"}.get(type(first))
+
+
+# Which form a prompt has shows in its first entry. So what is wrong is told of that one, and not of four.
+_FORM: Final = Discriminator(
+    _form_of,
+    custom_error_type="prompt_form",
+    custom_error_message="Input should be a text, a list of texts, token ids, or a list of lists of token ids",
+)
+Text = Annotated[str, Tag("a text")]
+Tokens = Annotated[TokenIds, Tag("token ids")]
 
 
 class Strict(BaseModel):
@@ -210,12 +229,13 @@ def _limited(schema: Any) -> Any:
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Annotated[
+        Text
+        | Tokens
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag("a list of texts")]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("lists of token ids")],
+        _FORM,
+    ]
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -446,12 +466,13 @@ class ChatRequest(SamplingRequest, ChatPrompt):
 
 
 class EmbeddingRequest(EngineRequest):
-    input: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
-    )
+    input: Annotated[
+        Text
+        | Tokens
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS), Tag("a list of texts")]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS), Tag("lists of token ids")],
+        _FORM,
+    ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     pooling: Literal["last", "mean"] | None = None

@@ -100,6 +100,9 @@ class RequestMeter:
                 self._metrics.ended(completion.finish_reason)
                 if index not in self._left:
                     record.finish_reasons.append(completion.finish_reason)
+        if delta.embedding is not None:  # what there is in place of a first token
+            prompt.first = prompt.last[0] = now
+            self._metrics.embedded(prompt.num_tokens)
         if delta.finished:
             self._finished(prompt, delta, now)
 
@@ -129,7 +132,7 @@ class RequestMeter:
             FinishedRequest(
                 prompt_tokens=prompt.num_tokens,
                 generated=tuple(prompt.generated.get(index, 0) for index in range(self._params.n)),
-                max_tokens=self._params.max_tokens,
+                max_tokens=None if delta.embedding is not None else self._params.max_tokens,
                 whole=now - self._record.arrived,
                 queue=max(0.0, prompt.start.time - prompt.submitted),
                 prefill=prompt.first - prompt.start.time,
