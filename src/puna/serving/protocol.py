@@ -292,6 +292,7 @@ class ContentPart(Strict):
 class FunctionCall(Strict):
     name: Name
     arguments: str
+    parsed_arguments: Any = None  # the same once more: openai's client sends what its `parse` gave back as it is
 
 
 class ToolCall(Strict):
@@ -308,6 +309,7 @@ class Message(Strict):
     tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    parsed: Any = None  # the content once more, from the same client
     reasoning_content: str | None = None
     reasoning: str | None = None
 
