@@ -307,6 +307,30 @@ def test_the_sandbox_refuses(source: str) -> None:
     assert messages == [{"role": "user", "content": "Hi"}]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% set c = b %}{% endfor %}{% endfor %}",
+        "{% for m in messages * 9999 recursive %}{{ loop(messages * 9999) }}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(80) }}",
+        "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    ],
+)
+def test_work_without_end_is_cut_off(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puna.engine.chat_template._MAX_SECONDS", 0.05)
+    with pytest.raises(ValueError, match="more than"):
+        render(source, messages=[{"role": "user", "content": "Hi"}])
+
+
+def test_loops_that_are_watched_know_their_place() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    each = "{{ m.content }}{{ loop.index }}/{{ loop.length }}{{ loop.revindex }}{{ loop.last }}{{ loop.nextitem }},"
+    expected = f"a1/22False{messages[1]},b2/21True,"
+    for values in ("messages", "messages | selectattr('role')"):
+        assert render(f"{{% for m in {values} %}}{each}{{% endfor %}}", messages=messages) == expected
+    assert render("{% for x in nothing %}x{% else %}none{% endfor %}", messages=messages) == "none"
+
+
 def test_the_templates_own_refusal_is_the_message() -> None:
     with pytest.raises(ValueError, match="no system here"):
         render("{{ raise_exception('no system here') }}")

@@ -8,7 +8,9 @@ it can build is bounded.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -23,6 +25,9 @@ from jinja2.utils import Namespace
 # Far above any context window (about 4 million tokens), far below what would exhaust memory.
 _MAX_CHARS = 1 << 24
 _MAX_EXPONENT = 1000
+# Of one rendering, in seconds of this thread's own: the longest conversations take some hundredths.
+_MAX_SECONDS = 5.0
+_COUNTED = "puna counted"  # a filter that no template can name
 # The space at the end tells whether the template strips the end of the message.
 _END_MARK = "PUNA_END_OF_FINAL_MESSAGE "
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -66,12 +71,44 @@ def _check_attribute(name: object) -> None:
         raise SecurityError(f"a namespace attribute cannot be named {name!r}")
 
 
+class _Watch:
+    """When a rendering began, for each thread."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def start(self) -> None:
+        self._local.deadline = time.thread_time() + _MAX_SECONDS
+
+    def check(self) -> None:
+        if time.thread_time() > self._local.deadline:
+            raise SecurityError(f"more than {_MAX_SECONDS} seconds of work")
+
+
+class _Counted:
+    """What a loop goes over; the watch is looked at before each element."""
+
+    def __init__(self, values: Iterable[Any], watch: _Watch) -> None:
+        self._values = values
+        self._watch = watch
+
+    def __iter__(self) -> Iterator[Any]:
+        for value in self._values:
+            self._watch.check()
+            yield value
+
+    def __len__(self) -> int:  # as `loop.length` asks; a TypeError where there is none
+        return len(self._values)  # type: ignore[arg-type]
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    # `*`, `**` and `%` can make a huge value out of a short template.
-    intercepted_binops = frozenset(("*", "**", "%"))
+    # `+`, `*`, `**` and `%` can make a huge value out of a short template.
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols])
+        self.watch = _Watch()
+        self.filters[_COUNTED] = lambda values: _Counted(values, self.watch)
         del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
@@ -80,8 +117,23 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["namespace"] = _PublicNamespace
         self.filters["tojson"] = _to_json
 
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Also puts the watch around what each loop goes over: nothing else can stop a loop that writes nothing."""
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        __self.watch.check()  # a macro may call itself
+        return super().call(__context, __obj, *args, **kwargs)
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
+        if operator == "+":
+            can_grow = isinstance(left, (str, list, tuple)) and type(left) is type(right)
+            if can_grow and len(left) + len(right) > _MAX_CHARS:
+                raise SecurityError(f"a text or list of more than {_MAX_CHARS} elements")
+        elif operator == "*":
             for sequence, count in ((left, right), (right, left)):
                 too_long = isinstance(count, int) and isinstance(sequence, (str, list, tuple))
                 if too_long and len(sequence) * count > _MAX_CHARS:
@@ -148,7 +200,7 @@ class ChatTemplate:
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        environment = _Environment()
+        environment = self._environment = _Environment()
         self._sources = dict(templates)
         self._special_tokens = dict(special_tokens)
         self._compiled = {}
@@ -216,6 +268,7 @@ class ChatTemplate:
 
     def _render(self, name: str, variables: dict[str, Any]) -> str:
         parts, num_chars = [], 0
+        self._environment.watch.start()
         try:
             for part in self._compiled[name].generate(variables):
                 num_chars += len(part)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from puna.engine.engine import Engine, Listener
 from puna.engine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
-from puna.scheduling.pooling_params import PoolingParams
 from puna.runtime.guided import UnenforceableError
+from puna.scheduling.pooling_params import PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import QueueFullError
 from puna.serving.errors import ApiError, bad_request

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from puna.serving.refused_fields import HARMLESS, REFUSED
 
 MAX_PROMPTS: Final = 256
 MAX_INPUTS: Final = 2048  # OpenAI's
@@ -16,38 +17,6 @@ MAX_STOPS: Final = 64
 MAX_GUIDE_CHARS: Final = 64 * 1024
 MAX_TOOLS: Final = 128
 MAX_TEMPLATE_CHARS: Final = 64 * 1024
-# Fields of OpenAI's and vLLM's with values that ask for nothing more than this server does: those here, and null.
-_HARMLESS: Final = (
-    ("store", False),
-    ("metadata", {}),
-    ("modalities", ["text"]),
-    ("verbosity", "medium"),
-    ("prompt_cache_retention", "in_memory"),
-    ("prompt_cache_options", {"mode": "implicit"}),
-    ("use_beam_search", False),
-    ("length_penalty", 1.0),
-    ("spaces_between_special_tokens", True),
-)
-# Fields that clients know and this server does not honour, with what to do instead.
-_REFUSED: Final = MappingProxyType(
-    {
-        "audio": "asks for speech, and this server writes text",
-        "modalities": "can only be ['text'] here",
-        "prediction": "has no effect here, for guesses are not verified in parallel",
-        "store": "can't be true: this server keeps no answers",
-        "metadata": "belongs to stored answers, and this server keeps none",
-        "moderation": "is not done here",
-        "verbosity": "can only be medium here: say in the prompt how long the answer is to be",
-        "web_search_options": "asks for a search of the web, and this server can't reach it",
-        "functions": "is OpenAI's old field: give tools instead",
-        "function_call": "is OpenAI's old field: give tool_choice instead",
-        "prompt_cache_retention": "can only be in_memory here",
-        "prompt_cache_options": "can only have the mode implicit here",
-        "use_beam_search": "can't be true here",
-        "length_penalty": "belongs to beam search, which is not served",
-        "spaces_between_special_tokens": "can only be true here",
-    }
-)
 _GUIDES: Final = ("guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs")
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -142,11 +111,11 @@ class EngineRequest(Strict):
         if not isinstance(data, dict):
             return data
         unset = {name for name, value in data.items() if value is None and name not in cls.model_fields}
-        harmless = {name for name, value in _HARMLESS if name in data and data[name] == value}
+        harmless = {name for name, value in HARMLESS if name in data and data[name] == json.loads(value)}
         kept = {name: value for name, value in data.items() if name not in unset | harmless}
-        refused = next((name for name in kept if name in _REFUSED), None)
+        refused = next((name for name in kept if name in REFUSED), None)
         if refused is not None:
-            raise ValueError(f"{refused} {_REFUSED[refused]}; leave it out")
+            raise ValueError(f"{refused} {REFUSED[refused]}; leave it out")
         return kept
 
     @property
