@@ -32,7 +32,8 @@ def process(*flags: str, **environment: str) -> Iterator[tuple[subprocess.Popen[
                 break
         else:
             pytest.fail("".join(lines))
-        assert [line.split("  ")[0] for line in lines[:4]] == ["import", "open model", "load weights", "first token"]
+        steps = ["import", "open model", "load weights", "record steps", "first token", "total"]
+        assert [line.split("  ")[0] for line in lines[-7:-1]] == steps
         yield it, found[1]
     finally:
         it.kill()

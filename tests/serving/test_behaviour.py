@@ -18,7 +18,7 @@ import pytest
 
 from puna.engine.engine import Engine
 from puna.scheduling.step_plan import StepPlan, StepResult
-from puna.serving.server import ListenSettings, ServerLife
+from puna.serving.server import ListenSettings, Loading, Ready, ServerLife
 from puna.serving.state import ServerSettings, ServerState
 from serving.conftest import Running, Serve, listening
 
@@ -166,30 +166,47 @@ def test_an_engine_that_dies_is_an_error_without_insides(gated: tuple[Running, G
         assert '"code":"engine_error"' in answer.text
     assert running.state.engine is not None
     assert "secret insides" in (running.state.engine.failure or "")
-    assert running.http.post("/v1/completions", json=LONG).status_code == 500
+    for refused in (running.http.post("/v1/completions", json=LONG), running.http.get("/ready")):
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "engine_failed"
+    health = running.http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "failed")
 
 
 def test_health_answers_while_the_model_loads(folder: Path) -> None:
-    state = ServerState(ServerSettings(model_name="small"), step="load weights")
+    state = ServerState(ServerSettings(model_name="small"))
+    told: list[tuple[str, float]] = []
     with listening(state) as running:
-        health = running.http.get("/health")
-        assert health.status_code == 200
-        assert health.json()["status"] == "loading"
-        assert health.json()["step"] == "load weights"
+        loading = Loading(state)
+
+        def progress(done: int, total: int) -> None:
+            loading.progress(done, total)
+            health = running.http.get("/health")
+            assert health.status_code == 200
+            assert health.json()["status"] == "loading"
+            told.append((health.json()["step"], health.json()["progress"]))
+
+        loading.begin("load weights")
+        engine = Engine.from_pretrained(str(folder), progress=progress)
+        assert {step for step, _ in told} == {"load weights"}
+        fractions = [fraction for _, fraction in told]
+        assert fractions == sorted(set(fractions))
+        assert len(fractions) > 5
+        assert 0 < fractions[0] < 0.5
+        assert fractions[-1] == 1
         assert running.http.get("/v1/models").status_code == 200
         for answer in (running.http.get("/ready"), running.http.post("/v1/completions", json=LONG)):
             assert answer.status_code == 503
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["code"] == "engine_loading"
-        engine = Engine.from_pretrained(str(folder))
         state.become_ready(engine)
         assert running.http.get("/ready").status_code == 200
         engine.shutdown()
 
 
-def run_life(load: Callable[[Callable[[str], None]], Engine], lines: list[str]) -> int:
+def run_life(load: Callable[[Loading], Engine], told: list[Ready]) -> int:
     """A whole server's life in a thread of asyncio's making, where signals can't be handled."""
-    life = ServerLife(ServerSettings(model_name="small"), ListenSettings(port=0), load, lines.append)
+    life = ServerLife(ServerSettings(model_name="small"), ListenSettings(port=0), load, told.append)
 
     async def run() -> int:
         loop = asyncio.get_running_loop()
@@ -200,30 +217,30 @@ def run_life(load: Callable[[Callable[[str], None]], Engine], lines: list[str]) 
 
 
 def test_a_dead_engine_ends_the_server_with_a_code(folder: Path) -> None:
-    lines: list[str] = []
+    told: list[Ready] = []
     engine = Engine.from_pretrained(str(folder))
     gate = Gate(engine)
 
-    def load(begin: Callable[[str], None]) -> Engine:
-        begin("load weights")
+    def load(loading: Loading) -> Engine:
+        loading.begin("load weights")
         return engine
 
     def kill() -> None:
-        wait_for(lambda: lines and lines[-1].startswith("ready"))
+        wait_for(lambda: told)
         gate.error = RuntimeError("out of luck")
-        url = lines[-1].split()[2]
-        assert httpx.post(f"{url}/completions", json=LONG).status_code == 500
+        assert httpx.post(f"{told[0].url}/v1/completions", json=LONG).status_code == 500
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.parts.executor, "submit", gate.submit)
         killer = threading.Thread(target=kill)
         killer.start()
-        assert run_life(load, lines) == 1
+        assert run_life(load, told) == 1
         killer.join()
+    assert list(told[0].seconds) == ["load weights", "record steps", "first token"]
 
 
 def test_a_model_that_does_not_load_ends_the_server_with_its_error() -> None:
-    def load(begin: Callable[[str], None]) -> Engine:
+    def load(loading: Loading) -> Engine:
         raise ValueError("no such model")
 
     with pytest.raises(ValueError, match="no such model"):
@@ -231,7 +248,7 @@ def test_a_model_that_does_not_load_ends_the_server_with_its_error() -> None:
 
 
 def test_a_taken_port_is_an_error() -> None:
-    def load(begin: Callable[[str], None]) -> Engine:
+    def load(loading: Loading) -> Engine:
         raise AssertionError("the port comes first")
 
     with socket.create_server(("127.0.0.1", 0)) as taken:

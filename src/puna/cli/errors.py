@@ -36,7 +36,7 @@ def exit_code_of(error: BaseException, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, CommandLineError | ValueError | OSError):
-        say("error", _message(error))
+        say("error", message_of(error))
         return USER_ERROR
     hint = "" if debug else " (unexpected: --debug shows where; please report it)"
     say("error", f"{type(error).__name__}: {error}{hint}")
@@ -70,7 +70,8 @@ def one_line_warnings() -> Iterator[None]:
         yield
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """In words for who gave the command."""
     if isinstance(error, CommandLineError):
         # Both classes have these; neither can be named here.
         message: str = error.format_message()  # type: ignore[attr-defined]

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import enum
-import json
-import logging
 import os
 import secrets
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from puna.cli.errors import say
 from puna.cli.options import EngineFlags, ModelFlags, unbundle
+from puna.cli.server_log import LogFormat, ServerLog
 
 if TYPE_CHECKING:
     from puna.engine.engine import Engine
+    from puna.serving.server import Loading, Ready
 
 _SERVER: Final = "Server"
 _KEY_VARIABLE: Final = "PUNA_API_KEY"
 _LOOPBACK: Final = ("127.", "localhost", "::1")
-
-
-class LogFormat(str, enum.Enum):
-    text = "text"
-    json = "json"
 
 
 class ReasoningParser(str, enum.Enum):
@@ -80,75 +72,103 @@ def serve(
     log_format: Annotated[
         LogFormat, typer.Option(help="Lines for people, or a JSON object a line.", rich_help_panel=_SERVER)
     ] = LogFormat.text,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write a timeline of steps and requests there, for Perfetto or chrome://tracing.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients: /v1/chat/completions, /v1/completions and more (docs/server.md).
 
     Needs the extra `serve`. Example: puna serve --model demo
     """
-    began = time.perf_counter()
-    keys = _api_keys(api_key, api_key_file)
-    from puna.cli.sampling import num_bytes
-    from puna.cli.session import OpenedModel
-    from puna.config import EngineConfig
-    from puna.engine.engine import Engine
+    log = ServerLog(log_format)
+    with log.errors():
+        began = time.perf_counter() - _process_seconds()
+        keys = _api_keys(api_key, api_key_file, log)
+        from puna.cli.sampling import num_bytes
+        from puna.cli.session import OpenedModel
+        from puna.config import EngineConfig
+        from puna.engine.engine import Engine
+        from puna.runtime.tracing import ChromeTrace
 
+        try:
+            from puna.serving.server import ListenSettings
+            from puna.serving.server import serve as run
+            from puna.serving.state import ServerSettings
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("puna"):
+                raise
+            raise ValueError(f"the server needs {error.name}: pip install 'puna[serve]'") from error
+        import_seconds = time.perf_counter() - began
+        settings = ServerSettings(
+            model_name=served_model_name or model_flags.model,
+            api_keys=keys,
+            max_body_bytes=num_bytes(max_body_size, "--max-body-size"),
+            splits_reasoning=reasoning_parser is ReasoningParser.auto,
+            trusts_request_template=trust_request_chat_template,
+        )
+        if not keys and not host.startswith(_LOOPBACK):
+            log.warn(f"everyone who reaches {host} may use this server: give --api-key-file, or listen on 127.0.0.1")
+        tracer = None if profile is None else ChromeTrace(profile)
+
+        def load(loading: Loading) -> Engine:
+            loading.begin("open model")
+            opened = OpenedModel.open(model_flags, engine_flags)
+            loading.begin("load weights")
+            limits = EngineConfig(
+                max_model_len=opened.context_length,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                kv_cache_memory=opened.kv_cache_memory,
+                kv_cache_dtype=opened.kv_cache_dtype,
+                enable_prefix_caching=opened.enable_prefix_caching,
+                max_waiting=max_queue,
+                seed=secrets.randbits(62),  # requests without a seed are to differ between runs
+            )
+            return Engine.from_pretrained(
+                str(opened.folder),
+                opened.config.dtype,
+                opened.device,
+                limits,
+                quantization=opened.quantization,
+                tokenizer=opened.tokenizer,
+                progress=loading.progress,
+                tracer=tracer,
+            )
+
+        def on_ready(ready: Ready) -> None:
+            total = time.perf_counter() - began
+            log.ready(ready.url, ready.model_name, {"import": import_seconds, **ready.seconds, "total": total})
+
+        listen = ListenSettings(host=host, port=port, shutdown_timeout=shutdown_timeout)
+        try:
+            code = run(settings, listen, load, on_ready)
+        finally:
+            if tracer is not None:  # where there is no engine that has closed it
+                tracer.close()
+        if code:
+            raise typer.Exit(code)
+
+
+def _process_seconds() -> float:
+    """How long this process has been there, Python's own start included; 0 where the system does not tell."""
     try:
-        from puna.serving.server import ListenSettings
-        from puna.serving.server import serve as run
-        from puna.serving.state import ServerSettings
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("puna"):
-            raise
-        raise ValueError(f"the server needs {error.name}: pip install 'puna[serve]'") from error
-    import_seconds = time.perf_counter() - began
-    _log_to_stderr(log_format)
-    settings = ServerSettings(
-        model_name=served_model_name or model_flags.model,
-        api_keys=keys,
-        max_body_bytes=num_bytes(max_body_size, "--max-body-size"),
-        splits_reasoning=reasoning_parser is ReasoningParser.auto,
-        trusts_request_template=trust_request_chat_template,
-    )
-    if not keys and not host.startswith(_LOOPBACK):
-        say("warning", f"everyone who reaches {host} may use this server: give --api-key-file, or listen on 127.0.0.1")
-
-    def load(begin: Callable[[str], None]) -> Engine:
-        begin("open model")
-        opened = OpenedModel.open(model_flags, engine_flags)
-        begin("load weights")
-        limits = EngineConfig(
-            max_model_len=opened.context_length,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_memory=opened.kv_cache_memory,
-            kv_cache_dtype=opened.kv_cache_dtype,
-            enable_prefix_caching=opened.enable_prefix_caching,
-            max_waiting=max_queue,
-            seed=secrets.randbits(62),  # requests without a seed are to differ between runs
-        )
-        return Engine.from_pretrained(
-            str(opened.folder),
-            opened.config.dtype,
-            opened.device,
-            limits,
-            quantization=opened.quantization,
-            tokenizer=opened.tokenizer,
-        )
-
-    _tell(f"{'import':<16} {import_seconds:7.2f} s")
-    code = run(settings, ListenSettings(host=host, port=port, shutdown_timeout=shutdown_timeout), load, _tell)
-    if code:
-        raise typer.Exit(code)
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, OSError):
+        return 0.0
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _api_keys(flag: str | None, file: Path | None) -> tuple[str, ...]:
+def _api_keys(flag: str | None, file: Path | None, log: ServerLog) -> tuple[str, ...]:
     """The flag's, the file's and the environment's. Raises ValueError for empty ones, which would lock nobody out."""
     found = [] if flag is None else [("--api-key", [flag])]
     if file is not None:
+        if file.stat().st_mode & 0o077 and file.is_file():
+            log.warn(f"{file} has keys, and others may read it: chmod 600 {file}")
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         found.append((str(file), [line for line in lines if line]))
     if _KEY_VARIABLE in os.environ:
@@ -156,25 +176,7 @@ def _api_keys(flag: str | None, file: Path | None) -> tuple[str, ...]:
     for name, keys in found:
         if not keys or not all(key.strip() for key in keys):
             raise ValueError(f"{name} has no key: give one, or leave it out")
+        # Clients could not send any other in a header.
+        if not all(key.strip().isascii() and key.strip().isprintable() and len(key.split()) == 1 for key in keys):
+            raise ValueError(f"{name} has a key with a space or with a character that is not ASCII: choose another")
     return tuple(key.strip() for _, keys in found for key in keys)
-
-
-class _JsonFormatter(logging.Formatter):
-    """An object a line: time, level, logger, and the record's own fields or else its message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        found = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
-        found |= record.__dict__.get("fields") or {"message": record.getMessage()}
-        if record.exc_info:
-            found["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(found)
-
-
-def _log_to_stderr(log_format: LogFormat) -> None:
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(_JsonFormatter() if log_format is LogFormat.json else text)
-    for name, level in (("puna", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.setLevel(level)
-        logger.addHandler(handler)

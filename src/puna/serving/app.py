@@ -1,18 +1,13 @@
-"""The FastAPI application: routes, and around them keys, request ids, size limits and errors in OpenAI's shape."""
+"""The FastAPI application: its routes, and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
-import time
-import uuid
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from puna import __version__
 from puna.serving.chat import Chat
@@ -21,7 +16,8 @@ from puna.serving.completions import Completion
 from puna.serving.conversation import encode_conversation, own_template
 from puna.serving.embeddings import Embeddings
 from puna.serving.errors import ApiError, bad_request, json_response, validation_error
-from puna.serving.generation import encoded, engine_error
+from puna.serving.generation import encoded
+from puna.serving.guard import GONE, Guard
 from puna.serving.openapi import describe
 from puna.serving.protocol import (
     ChatRequest,
@@ -30,15 +26,11 @@ from puna.serving.protocol import (
     EmbeddingRequest,
     TokenizeRequest,
 )
-from puna.serving.record import RequestRecord
-from puna.serving.state import ServerState, is_authorized
+from puna.serving.state import ServerState
 from puna.serving.streaming import EventStream, until_gone
 
-_log = logging.getLogger(__name__)
 # Probes have no key, and learn nothing of the model; the chat page asks for one.
 _OPEN_PATHS: Final = frozenset(["/health", "/ready"]) | PAGE_PATHS
-_REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_GONE: Final = 499  # nginx's status for a client that left; nobody sees it but the log
 
 
 def make_app(state: ServerState) -> FastAPI:
@@ -49,7 +41,7 @@ def make_app(state: ServerState) -> FastAPI:
     _add_status(app, state)
     add_chat_page(app)
     describe(app, state.settings)
-    app.add_middleware(_Guard, state=state)
+    app.add_middleware(Guard, state=state, open_paths=_OPEN_PATHS)
     return app
 
 
@@ -62,7 +54,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
             return await work.answer(await work.start())
 
         answer = await until_gone(run(), request.receive)
-        return Response(status_code=_GONE) if answer is None else json_response(answer)
+        return Response(status_code=GONE) if answer is None else json_response(answer)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -71,7 +63,7 @@ def _add_generation(app: FastAPI, state: ServerState) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         answer = await until_gone(Embeddings(state, body, request.state.record).answer(), request.receive)
-        return Response(status_code=_GONE) if answer is None else answer
+        return Response(status_code=GONE) if answer is None else answer
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -141,8 +133,8 @@ def _add_status(app: FastAPI, state: ServerState) -> None:
     @app.get("/health")
     async def health() -> Response:
         """Whether the process is alive, and how far loading is; 503 once the engine has failed."""
-        found = {"status": state.phase, "step": state.step, "seconds": round(time.monotonic() - state.started, 1)}
-        return json_response(found, 503 if state.phase == "failed" else 200)
+        found = state.health()
+        return json_response(found, 503 if found["status"] == "failed" else 200)
 
     @app.get("/ready")
     async def ready() -> Response:
@@ -164,94 +156,17 @@ def _add_status(app: FastAPI, state: ServerState) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        request.state.record.error = error.code
+        request.state.record.error = error.code or error.kind
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return validation_error(error.errors()).response()
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return await refused(request, validation_error(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         missing = error.status_code == 404
         message = f"there is no {request.url.path} here" if missing else str(error.detail)
-        response = ApiError(error.status_code, message, code="not_found" if missing else None).response()
+        response = await refused(request, ApiError(error.status_code, message, code="not_found" if missing else None))
         response.headers.update(error.headers or {})
         return response
-
-
-class _Guard:
-    """What comes before and after every route. An error inside is logged with its traceback; the client gets none."""
-
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
-        self._app = app
-        self._state = state
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        record = RequestRecord(request_id=request_id)
-        scope.setdefault("state", {})["record"] = record
-        status = 0
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        try:
-            self._check(scope, headers)
-            await self._app(scope, self._limited(receive), answer)
-        except ApiError as error:
-            record.error = error.code
-            if status == 0:
-                await error.response()(scope, receive, answer)
-        except Exception:
-            _log.exception("request %s failed", request_id)
-            if status == 0:
-                await engine_error().response()(scope, receive, answer)
-        finally:
-            _log_answer(scope, status, record)
-            handler = getattr(scope.get("route"), "path", "none")
-            self._state.metrics.answered(handler, scope["method"], status or _GONE)
-
-    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        header = headers.get(b"authorization", b"").decode("latin-1")
-        if scope["path"] not in _OPEN_PATHS and not is_authorized(header, self._state.settings.api_keys):
-            message = "the API key is wrong" if header else "this server needs an API key: Authorization: Bearer KEY"
-            raise ApiError(401, message, kind="authentication_error", code="invalid_api_key")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:18]) > self._state.settings.max_body_bytes:
-            raise self._too_large()
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Also where the length is not told before."""
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._state.settings.max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return limited
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self._state.settings.max_body_bytes} bytes", code="too_large")
-
-
-def _log_answer(scope: Scope, status: int, record: RequestRecord) -> None:
-    """A line for people; its parts for programs."""
-    seconds = round(time.monotonic() - record.arrived, 4)
-    fields = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": seconds}
-    rest = record.fields()
-    words = "".join(f" {name}={value}" for name, value in rest.items() if value is not None)
-    _log.info("%s %r %d %.3fs%s", *fields.values(), words, extra={"fields": fields | rest})

@@ -22,6 +22,7 @@ _LONG: Final = (
 _TOKENS: Final = tuple(float(digit * 10**zeros) for zeros in range(6) for digit in (1, 2, 5))
 _COUNTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 # One engine: vLLM tells several of a server apart by it.
+_METHODS: Final = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 _LABELS: Final = ("model_name", "engine")
 _ENGINE: Final = "0"
 
@@ -103,7 +104,7 @@ class Metrics:
 
     def answered(self, handler: str, method: str, status: int) -> None:
         """`handler` is a route's pattern, never a path as it came: there would be no end of series."""
-        self._http.labels(handler, method, f"{status // 100}xx").inc()
+        self._http.labels(handler, method if method in _METHODS else "other", f"{status // 100}xx").inc()
 
     def first_token(self, seconds: float, prompt_tokens: int) -> None:
         self._first_token.observe(seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
+import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -34,17 +34,21 @@ class ServerSettings:
     keep_alive: float = 10.0
     splits_reasoning: bool = True
     trusts_request_template: bool = False
+    body_timeout: float = 120.0  # seconds that a request's body may take to come
 
 
 @dataclass
 class ServerState:
-    """Lives as long as the server; read and changed in its event loop only, except for `step`."""
+    """Lives as long as the server; read and changed in its event loop only, except for `step` and `progress`.
+
+    `progress`: the part of the weights that is loaded, from 0 to 1.
+    """
 
     settings: ServerSettings
     engine: Engine | None = None
     phase: Phase = "loading"
     step: str = "starting"
-    failure: str | None = None
+    progress: float = 0.0
     started: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(init=False)
@@ -56,19 +60,31 @@ class ServerState:
             self.metrics.watch(self.engine)
 
     def become_ready(self, engine: Engine) -> None:
-        self.engine, self.phase, self.step = engine, "ready", "ready"
+        self.engine, self.phase, self.step, self.progress = engine, "ready", "ready", 1.0
         self.metrics.watch(engine)
+
+    def has_failed(self) -> bool:
+        """Whether the engine has stopped after an error, of which nobody need have told yet."""
+        if self.engine is not None and self.engine.failure is not None:
+            self.phase = "failed"
+        return self.phase == "failed"
 
     def ready_engine(self) -> Engine:
         """Raises ApiError, status 503, where there is none."""
-        if self.engine is None or self.phase != "ready":
+        if self.has_failed() or self.engine is None or self.phase != "ready":
             messages = {
-                "loading": f"the model is loading ({self.step}); try again soon",
+                "loading": f"the model is loading ({self.step}, {self.progress:.0%}); try again soon",
                 "draining": "the server is shutting down",
             }
             message = messages.get(self.phase, "the engine has stopped after an error")
             raise ApiError(503, message, kind="service_unavailable", code=f"engine_{self.phase}", retry_after=5)
         return self.engine
+
+    def health(self) -> dict[str, str | float]:
+        """How far loading is, or what came of it; for probes, without insides."""
+        self.has_failed()
+        seconds = round(time.monotonic() - self.started, 1)
+        return {"status": self.phase, "step": self.step, "progress": round(self.progress, 4), "seconds": seconds}
 
     def check_model(self, name: str) -> None:
         if name != self.settings.model_name:
@@ -92,11 +108,17 @@ class ServerState:
         return min(_LONGEST_RETRY, _RATE_WINDOW / recent) if recent else 5.0
 
 
-def is_authorized(header: str | None, api_keys: Sequence[str]) -> bool:
-    """Whether an Authorization header has one of the keys, in a time that does not depend on how much of one it has."""
+def is_authorized(authorization: bytes, x_api_key: bytes, api_keys: Sequence[str]) -> bool:
+    """Whether `Authorization: Bearer KEY`, or else `x-api-key: KEY`, has one of the keys.
+
+    The time that this takes tells neither how much of a key is right nor which one it is: each one is compared, by
+    digests of one length.
+    """
     if not api_keys:
         return True
-    scheme, _, given = (header or "").partition(" ")
-    digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
-    matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in api_keys]
-    return any(matches) and scheme.lower() == "bearer"
+    scheme, _, given = authorization.partition(b" ")
+    if not authorization:
+        scheme, given = b"bearer", x_api_key
+    digest = hashlib.sha256(given.strip()).digest()
+    matches = [secrets.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in api_keys]
+    return sum(matches) > 0 and scheme.lower() == b"bearer"

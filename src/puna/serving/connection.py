@@ -1,0 +1,42 @@
+"""Connection: uvicorn's HTTP/1.1 protocol, which here does not wait forever for a request that does not come."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# Seconds that a request's head may take, from the connection's beginning or its first byte. uvicorn's own timer is for
+# connections on which nothing comes: a byte now and then would keep one open, and with it a file descriptor.
+HEAD_TIMEOUT: Final = 30.0
+
+
+class Connection(H11Protocol):
+    """Also ends a connection on which the rest of a refused body keeps coming."""
+
+    head_timeout = HEAD_TIMEOUT
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()  # a request runs: the application has its own limits
+        elif self._timer is None:
+            self._start_timer()
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.head_timeout, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
