@@ -36,6 +36,7 @@ _ERRORS: Final = MappingProxyType(
         401: "The API key is missing or wrong.",
         404: "There is no such model or path.",
         413: "The body is larger than --max-body-size.",
+        422: "A schema, grammar or pattern is written well, but can't be held to.",
         429: "The queue is full.",
         500: "The engine failed.",
         503: "The model is loading, or the server is shutting down.",
@@ -93,6 +94,7 @@ def _responses(path: str, has_body: bool, has_keys: bool) -> dict[str, Any]:
     errors = [400, 404, 413, 500, 503] if has_body else [404] if "{" in path else [503] if path == "/ready" else []
     errors += [401] if has_keys and path not in _WITHOUT_KEY else []
     errors += [429] if path in _QUEUED else []
+    errors += [422] if path in _STREAMED else []
     found = {"200": {"description": "An answer.", "headers": _headers("RequestId"), "content": good}}
     found |= {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(errors)}
     if path == "/health":
