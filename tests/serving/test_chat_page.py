@@ -17,7 +17,7 @@ FOLDER = resources.files("puna.serving") / "page"
 
 def test_every_file_of_the_page_is_sent_and_nothing_else() -> None:
     names = {file.name for file in FOLDER.iterdir()}
-    assert PAGE_PATHS == {"/"} | {f"/page/{name}" for name in names - {"index.html"}}
+    assert {"/"} | {f"/page/{name}" for name in names - {"index.html"}} == PAGE_PATHS
     named = set()
     for name in names - {"icon.svg"}:
         text = (FOLDER / name).read_text(encoding="utf-8")

@@ -39,9 +39,9 @@ export class MarkdownView {
     }
     for (const block of this.#tail) if (block.node !== first?.node) block.node.remove();
     for (const block of found) if (block.node !== old?.node) this.#root.append(block.node);
-    // A block ends where another begins. Whether one does is known only when its first line is whole.
+    // A block ends where another begins. Whether one does is known when its first line is whole; a table's first two.
     let last = found.length - 1;
-    if (last >= 0 && found[last].start === lines.length - 1) last--;
+    if (last >= 0 && found[last].start + (found[last].isTable ?? 0) === lines.length - 1) last--;
     last = Math.max(last, 0);
     for (let i = 0; i < (found[last]?.start ?? 0); i++) this.#kept += lines[i].length + 1;
     this.#tail = found.slice(last);
@@ -58,7 +58,7 @@ const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:[ \t]+(.*))?$/s;
 const DELIMITERS = /^[ \t|:-]+$/;
 
-/** Blocks as {node, start, open, label}: start is a line's index, open the text node of code that has no end yet. */
+/** Blocks as {node, start, open, label, isTable}: start is a line's index, open the text node of code without end. */
 function parseBlocks(raw, depth) {
   const lines = raw.map((line) => line.replace(/\r$/, "").replace(/^[ \t]+/, (tabs) => tabs.replaceAll("\t", "    ")));
   const found = [];
@@ -193,7 +193,8 @@ function parseTable(lines, at, columns) {
   let end = at + 2;
   while (end < lines.length && !isBlank(lines[end]) && !interrupts(lines[end])) body.append(row(lines[end++], "td"));
   const table = el("table", {}, el("thead", {}, row(lines[at], "th")), body);
-  return [el("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Table" }, table), end];
+  const box = el("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Table" }, table);
+  return [box, end, { isTable: 1 }];
 }
 
 // Inline ------------------------------------------------------------------------------------------------------------
