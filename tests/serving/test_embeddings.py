@@ -19,6 +19,7 @@ import transformers
 
 from puna.llm import LLM
 from puna.ops import cpu
+from puna.scheduling.scheduler import QueueFullError
 from serving.conftest import Running, Serve, openai
 
 PATH = "/v1/embeddings"
@@ -152,6 +153,28 @@ def test_many_inputs_do_not_need_a_long_queue(serve: Serve, llm: LLM) -> None:
             else:
                 assert answer.headers["retry-after"]
         server.wait_until_idle()
+
+
+def test_a_request_that_meets_a_full_queue_goes_on(
+    serve: Serve, llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of its inputs runs, so that there will be room; each is counted once."""
+    with serve(engine={"max_num_seqs": 4}) as server, caplog.at_level("INFO"):
+        assert server.state.engine is not None
+        submit, calls = server.state.engine.submit, [0]
+
+        def crowded(*args: Any, **options: Any) -> str:
+            calls[0] += 1
+            if 1 < calls[0] < 4:
+                raise QueueFullError("2 requests are waiting")
+            return submit(*args, **options)
+
+        monkeypatch.setattr(server.state.engine, "submit", crowded)
+        answer = post(server, input=TEXTS)
+        assert answer.status_code == 200
+        assert_same(vectors(answer.json()), llm.embed(TEXTS))
+        assert calls[0] == len(TEXTS) + 2
+        assert f"prompt_tokens={answer.json()['usage']['prompt_tokens']} " in caplog.text
 
 
 def hold_steps(server: Running, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:

@@ -17,19 +17,27 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from puna.engine.engine import Engine
-from puna.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from puna.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from puna.serving.state import ServerSettings, ServerState
 from serving.conftest import Running, listening
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MODELS: dict[str, type[BaseModel]] = {
     COMPLETIONS: CompletionRequest,
     CHAT: ChatRequest,
+    EMBEDDINGS: EmbeddingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
 # The deadline is for what asks for much: nothing in here is to take long.
 BASE: dict[str, Any] = {"model": "small", "max_tokens": 3, "deadline": 0.3}
+EMBED: dict[str, Any] = {"model": "small", "deadline": 0.3}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MESSAGES: list[Any] = [
     {"role": "system", "content": [{"type": "text", "text": "be"}]},
@@ -54,6 +62,9 @@ VALID: list[tuple[str, dict[str, Any]]] = [
     (CHAT, BASE | {"messages": MESSAGES[:2], "stream": True, "stream_options": {"include_usage": True}, "n": 2}),
     (CHAT, BASE | {"messages": MESSAGES[:2], "tools": [TOOL], "tool_choice": "required"}),
     (CHAT, BASE | {"messages": MESSAGES[:2], "chat_template_kwargs": {"a": [1]}, "continue_final_message": False}),
+    (EMBEDDINGS, EMBED | {"input": ["a", "b"], "encoding_format": "base64", "user": "u"}),
+    (EMBEDDINGS, EMBED | {"input": [[5], [6, 7]], "pooling": "mean", "normalize": True}),
+    (EMBEDDINGS, EMBED | {"input": "x", "truncate_prompt_tokens": 3, "dimensions": 32}),
     ("/tokenize", {"prompt": "hi", "return_token_strs": True}),
     ("/tokenize", {"messages": MESSAGES, "add_generation_prompt": True}),
     ("/detokenize", {"tokens": [1, 2, 3]}),

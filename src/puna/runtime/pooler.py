@@ -52,7 +52,7 @@ class Pooler:
             if is_complete:
                 found = self._pooled(row, row.pooling, hidden_states[at - 1])
                 if np.isfinite(found).all():
-                    embeddings[row.sequence_id] = array("f", found.tobytes())
+                    embeddings[row.sequence_id] = array("f", _scaled(found, row.pooling).tobytes())
                 else:
                     errors[row.sequence_id] = "the model's hidden states are NaN or infinite"
         return embeddings, errors
@@ -65,13 +65,16 @@ class Pooler:
             for token in _float64(part):
                 total += token
 
-    def _pooled(self, row: StepRow, params: PoolingParams, last: Tensor) -> NDArray[np.float32]:
-        is_mean = params.method == "mean"
-        vector = self._sums.pop(row.sequence_id) / row.prompt_length if is_mean else _float64(last)
-        if params.normalize:
-            length = np.sqrt(np.square(vector).sum())
-            vector = vector / length if length > 0 else vector
-        return vector.astype(np.float32)
+    def _pooled(self, row: StepRow, params: PoolingParams, last: Tensor) -> NDArray[np.float64]:
+        if params.method == "last":
+            return _float64(last)
+        mean: NDArray[np.float64] = self._sums.pop(row.sequence_id) / row.prompt_length
+        return mean
+
+
+def _scaled(vector: NDArray[np.float64], params: PoolingParams) -> NDArray[np.float32]:
+    length = np.sqrt(np.square(vector).sum())
+    return (vector / length if params.normalize and length > 0 else vector).astype(np.float32)
 
 
 def _float64(hidden_states: Tensor) -> NDArray[np.float64]:

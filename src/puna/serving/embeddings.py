@@ -94,7 +94,8 @@ class Embeddings:
             except ApiError as error:
                 if error.status_code != 429 or self._num_running == 0:
                     raise
-                self._pending.appendleft(index)  # whoever has an input running will take it
+                self._pending.appendleft(index)  # whoever has an input running will take it, and count it
+                self._record.prompt_tokens -= len(self._inputs[index])
                 return
             self._num_running += 1
             try:

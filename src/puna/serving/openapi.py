@@ -35,6 +35,7 @@ _ERRORS: Final = MappingProxyType(
         400: "The request can't be run: which field it is, and why.",
         401: "The API key is missing or wrong.",
         404: "There is no such model or path.",
+        408: "The request took longer than its deadline.",
         413: "The body is larger than --max-body-size.",
         422: "A schema, grammar or pattern is written well, but can't be held to.",
         429: "The queue is full.",
@@ -95,6 +96,7 @@ def _responses(path: str, has_body: bool, has_keys: bool) -> dict[str, Any]:
     errors += [401] if has_keys and path not in _WITHOUT_KEY else []
     errors += [429] if path in _QUEUED else []
     errors += [422] if path in _STREAMED else []
+    errors += [408] if path == "/v1/embeddings" else []
     found = {"200": {"description": "An answer.", "headers": _headers("RequestId"), "content": good}}
     found |= {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(errors)}
     if path == "/health":
