@@ -279,6 +279,7 @@ class Message(Strict):
     tool_call_id: str | None = None
     refusal: str | None = None
     parsed: Any = None  # the content once more, from the same client
+    provider_specific_fields: dict[str, Any] | None = None  # litellm's notes on an answer, which it sends back
     reasoning_content: str | None = None
     reasoning: str | None = None
 
