@@ -10,7 +10,7 @@ from puna.scheduling.sequence import FinishReason, Request, Sequence
 from puna.scheduling.step_plan import PromptLogprobs, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one for each token, and to make a frozen one takes four times as long
 class SequenceEvent:
     """What a step brought one sequence: a token, or an end without one. `error` says why, for finish_reason "error".
 

@@ -20,6 +20,7 @@ from puna.serving.reasoning import Reasoning
 from puna.serving.record import RequestRecord
 from puna.serving.sampling import sampling_params
 from puna.serving.state import ServerState
+from puna.serving.streaming import Chunk, TextChunks
 from puna.serving.tools import Dialect, dialect_of, forcing, offered_tools, parser_for
 
 
@@ -97,16 +98,22 @@ class Chat:
             found["prompt_token_ids"] = output.prompt_token_ids
         return found
 
-    async def chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
+    async def chunks(self, generation: Generation) -> AsyncIterator[Chunk | None]:
         options = self._request.stream_options
         include_usage = options is not None and options.include_usage is True
         usage_in_each = options is not None and options.continuous_usage_stats is True
         head = self._head("chat.completion.chunk")
+        request, no_usage = self._request, {"usage": None} if include_usage else {}
+        texts = TextChunks(lambda index, text: head | {"choices": [self._text_choice(index, text)]} | no_usage)
+        only_texts = not (request.logprobs or request.return_token_ids or usage_in_each)
         async with generation:
             (output,) = generation.outputs
             async for choice in self._chunk_choices(generation, output):
                 if choice is None:
                     yield None
+                    continue
+                if only_texts and choice["finish_reason"] is None and choice["delta"].keys() == {"content"}:
+                    yield texts.write(choice["index"], choice["delta"]["content"])
                     continue
                 chunk = head | {"choices": [choice]}
                 if self._request.return_token_ids and choice["delta"].get("role") and choice["index"] == 0:
@@ -189,6 +196,9 @@ class Chat:
 
     def _chunk_choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
+        return self._chunk_choice(index, {"content": text}) | ending(None, None)
 
     def _logprobs(self, token_ids: Any, positions: Any) -> dict[str, Any]:
         return chat_logprobs(token_ids, positions, self._request.top_logprobs or 0, self._tokenizer)

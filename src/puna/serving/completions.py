@@ -17,6 +17,7 @@ from puna.serving.protocol import MAX_PROMPTS, CompletionRequest
 from puna.serving.record import RequestRecord
 from puna.serving.sampling import sampling_params
 from puna.serving.state import ServerState
+from puna.serving.streaming import Chunk, TextChunks
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -91,14 +92,20 @@ class Completion:
             choices += [self._whole_choice(prompt_index, i, output, completion) for i, completion in enumerate(best)]
         return self._head | {"choices": choices, "usage": self._usage(outputs)}
 
-    async def chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any] | None]:
+    async def chunks(self, generation: Generation) -> AsyncIterator[Chunk | None]:
         options = self._request.stream_options
         include_usage = options is not None and options.include_usage is True
         usage_in_each = options is not None and options.continuous_usage_stats is True
+        no_usage = {"usage": None} if include_usage else {}
+        texts = TextChunks(lambda index, text: self._head | {"choices": [self._choice(index, text)]} | no_usage)
+        only_texts = self._request.logprobs is None and not self._request.return_token_ids and not usage_in_each
         async with generation:
             async for choice in self._chunk_choices(generation):
                 if choice is None:
                     yield None
+                    continue
+                if only_texts and choice["finish_reason"] is None:
+                    yield texts.write(choice["index"], choice["text"])
                     continue
                 chunk = self._head | {"choices": [choice]}
                 if usage_in_each:

@@ -71,9 +71,13 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     return bad_request(f"{place}: {message}" if place else message, place or None)
 
 
+# Made once: json.dumps makes one for every call that has options.
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def dumps(value: Any) -> bytes:
     """JSON as UTF-8, in one line whatever a client takes for a line's end."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = _ENCODER.encode(value)
     if not text.isascii():
         text = _LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     try:

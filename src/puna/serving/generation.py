@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _Arrival = tuple[int, RequestDelta]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: see CompletionDelta
 class Part:
     """What came for one continuation of one prompt. Deltas that had come meanwhile are joined into one."""
 
@@ -58,7 +58,12 @@ class Generation:
         self._params = params
         self._request = request
         self._pooling = pooling
-        self._deltas: asyncio.Queue[_Arrival] = asyncio.Queue()
+        self._arrivals: list[_Arrival] = []
+        # What `parts` waits for: True says that something has arrived, False that nothing has for too long.
+        self._waiter: asyncio.Future[bool] | None = None
+        self._keep_alive: asyncio.TimerHandle | None = None
+        self._waits_since = 0.0
+        self._wants_end_only = False
         self._record = record
         self._meter = RequestMeter(state.metrics, record, params)
         record.model = state.settings.model_name
@@ -130,23 +135,24 @@ class Generation:
             self._meter.left(index)
             self._engine.cancel(name)
         self._names.clear()
+        if self._keep_alive is not None:
+            self._keep_alive.cancel()
 
     async def parts(self, keep_alive: float | None = None) -> AsyncIterator[Part | None]:
         """What comes, until all is there; None after each `keep_alive` seconds of nothing. Raises ApiError."""
+        if keep_alive is not None:
+            self._watch(keep_alive)
         while self._names:
-            batch: list[_Arrival] = []
-            try:
-                batch.append(await asyncio.wait_for(self._deltas.get(), keep_alive))
-            except asyncio.TimeoutError:
+            if not self._arrivals and not await self._arrival():
                 yield None
                 continue
-            while not self._deltas.empty():  # a slow reader gets all that came at once
-                batch.append(self._deltas.get_nowait())
+            batch, self._arrivals = self._arrivals, []  # a slow reader gets all that came at once
             for part in _joined(self._take(batch)):
                 yield part
 
     async def finish(self) -> list[RequestOutput]:
         """The whole outputs."""
+        self._wants_end_only = True
         async for _ in self.parts():
             pass
         return self.outputs
@@ -170,19 +176,44 @@ class Generation:
         return parts
 
     def _listener(self, index: int) -> Listener:
-        loop = asyncio.get_running_loop()
+        call = self._state.handover.call
 
         def arrived(delta: RequestDelta, now: float) -> None:
             self._meter.took(index, delta, now)
-            self._deltas.put_nowait((index, delta))
+            self._arrivals.append((index, delta))
+            if delta.finished or not self._wants_end_only:
+                self._wake(True)
 
         def listen(delta: RequestDelta) -> None:
-            loop.call_soon_threadsafe(arrived, delta, time.monotonic())
+            call(arrived, delta, time.monotonic())
 
         return listen
 
+    async def _arrival(self) -> bool:
+        """Waits; False where nothing came for as long as `_watch` was told. A timer for each token would cost more
+        than the rest of its way."""
+        loop = asyncio.get_running_loop()
+        self._waits_since = loop.time()
+        self._waiter = loop.create_future()
+        return await self._waiter
+
+    def _wake(self, arrived: bool) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(arrived)
+
+    def _watch(self, seconds: float) -> None:
+        """Looks now and then whether `parts` has been waiting for so long, until this is cancelled."""
+        loop = asyncio.get_running_loop()
+        left = self._waits_since + seconds - loop.time() if self._waits_since else seconds
+        if left <= 0:
+            self._wake(False)
+            left = seconds
+        self._keep_alive = loop.call_later(left, self._watch, seconds)
+
 
 def _joined(parts: list[Part]) -> list[Part]:
+    if len(parts) < 2:
+        return parts
     found: dict[tuple[int, int], Part] = {}
     for part in parts:
         key = part.prompt_index, part.completion.index
@@ -211,12 +242,10 @@ def engine_error() -> ApiError:
     return ApiError(500, "the engine failed on this request", kind="server_error", code="engine_error")
 
 
-async def encoded(
-    engine: Engine, prompt: str | list[int], add_special_tokens: bool = True, field: str = "prompt"
-) -> list[int]:
+async def encoded(engine: Engine, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
     if not isinstance(prompt, str):
         return prompt
     try:
         return await asyncio.to_thread(engine.parts.tokenizer.encode, prompt, add_special_tokens)
     except ValueError as error:
-        raise bad_request(str(error), field) from None
+        raise bad_request(str(error), "prompt") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from puna.engine.engine import Engine
+from puna.engine.handover import Handover
 from puna.serving.errors import ApiError
 from puna.serving.metrics import Metrics
 
@@ -53,6 +55,7 @@ class ServerState:
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: Metrics = field(init=False)
     _ended: deque[float] = field(default_factory=deque)
+    _handover: Handover | None = None
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.settings.model_name)
@@ -68,6 +71,13 @@ class ServerState:
         if self.engine is not None and self.engine.failure is not None:
             self.phase = "failed"
         return self.phase == "failed"
+
+    @property
+    def handover(self) -> Handover:
+        """From the engine's thread into the server's event loop, which this must be read in."""
+        if self._handover is None:
+            self._handover = Handover(asyncio.get_running_loop())
+        return self._handover
 
     def ready_engine(self) -> Engine:
         """Raises ApiError, status 503, where there is none."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from fastapi import Response
@@ -15,19 +16,37 @@ from puna.serving.errors import ApiError, dumps
 from puna.serving.generation import engine_error
 
 T = TypeVar("T")
+Chunk = dict[str, Any] | bytes
 _log = logging.getLogger(__name__)
 _DONE: Final = b"data: [DONE]\n\n"
 _COMMENT: Final = b": keep-alive\n\n"
 
 
+class TextChunks:
+    """The JSON of chunks that bring a choice a text and nothing else, as most do: what is the same in all of them is
+    written once. `make` makes the chunk of a choice's index and a text."""
+
+    def __init__(self, make: Callable[[int, str], dict[str, Any]]) -> None:
+        self._make = make
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def write(self, index: int, text: str) -> bytes:
+        around = self._around.get(index)
+        if around is None:
+            mark = uuid.uuid4().hex  # which nothing else in the chunk can be
+            before, after = dumps(self._make(index, mark)).split(dumps(mark))
+            around = self._around[index] = before, after
+        return around[0] + dumps(text) + around[1]
+
+
 class EventStream(Response):
-    """Sends each object of `chunks` as an event (None as a comment, which only keeps the connection open), and [DONE].
+    """Sends each object of `chunks`, or its JSON, as an event (None as a comment, to keep the connection open), and [DONE].
 
     A failure on the way is an event `{"error": ...}`, after which the stream ends. Starlette's own response would
     notice a client that left only when it next sends something; this one closes `chunks` at once.
     """
 
-    def __init__(self, chunks: AsyncIterator[dict[str, Any] | None]) -> None:
+    def __init__(self, chunks: AsyncIterator[Chunk | None]) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
@@ -42,14 +61,19 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for chunk in self._chunks:
-                data = _COMMENT if chunk is None else b"data: " + dumps(chunk) + b"\n\n"
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await send({"type": "http.response.body", "body": _event(chunk), "more_body": True})
         except ApiError as error:
             await _send_error(send, error)
         except Exception:
             _log.exception("a stream failed")
             await _send_error(send, engine_error())
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+
+
+def _event(chunk: Chunk | None) -> bytes:
+    if chunk is None:
+        return _COMMENT
+    return b"data: %b\n\n" % (chunk if isinstance(chunk, bytes) else dumps(chunk))
 
 
 async def _send_error(send: Send, error: ApiError) -> None:
