@@ -389,6 +389,39 @@ void round_groups(Address rows, Address panels, Size first, Size count, Size inp
   submit(Task::of(kernels().round_groups, args), count * inputs < kMostElements ? count * inputs * 64 : kMostElements);
 }
 
+void argmax(Address x, Address indices, Address values, Size rows, Size size, Size x_stride) {
+  ArgmaxArgs args{};
+  check_size("rows", rows);
+  check_size("size", size, 1);
+  if (size > Size{1} << 24)
+    throw std::invalid_argument("size is " + std::to_string(size) + ": it must be from 1 to 2^24");
+  check_size("x_stride", x_stride, size);
+  if (rows == 0) return;
+  check_address("x", x, 4);
+  check_address("indices", indices, 8);
+  check_address("values", values, 4);
+  args.x = at<float>(x);
+  args.indices = to<std::int64_t>(indices);
+  args.values = to<float>(values);
+  args.rows = rows;
+  args.size = size;
+  args.x_stride = x_stride;
+  submit(Task::of(kernels().argmax, args), rows == 1 ? 0 : rows * size);
+}
+
+nb::list profile(const Recording& recording) {
+  std::vector<Recording::Timed> timed;
+  Failure failure;
+  {
+    nb::gil_scoped_release release;
+    failure = recording.run_timed(timed);
+  }
+  raise(failure);
+  nb::list found;
+  for (const auto& [kernel, nanoseconds] : timed) found.append(nb::make_tuple(kernel, 1e-9 * static_cast<double>(nanoseconds)));
+  return found;
+}
+
 void replay(const Recording& recording) {
   Failure failure;
   {
@@ -446,11 +479,13 @@ NB_MODULE(_kernels, m) {
   m.def("probe", &probe, "kind"_a, "memory"_a, "bytes"_a, "iterations"_a, "operations"_a);
   m.def("round_groups", &round_groups, "rows"_a, "panels"_a, "first"_a, "count"_a, "inputs"_a, "stride"_a, "bits"_a,
         "dtype"_a);
+  m.def("argmax", &argmax, "x"_a, "indices"_a, "values"_a, "rows"_a, "size"_a, "x_stride"_a);
 
   nb::class_<Recording>(m, "Recording", "A list of kernel calls, made once and replayed without Python.")
       .def(nb::init<>())
       .def("begin", &Recording::begin, "This thread's kernel calls are appended from here on instead of run.")
       .def("end", &Recording::end)
       .def("replay", &replay, "Runs all calls in order.")
+      .def("profile", &profile, "The same, and each call's kernel and seconds.")
       .def("__len__", &Recording::size);
 }

@@ -90,4 +90,26 @@ void set_level(const std::string& name) {
                               "processor runs: " + names);
 }
 
+std::string kernel_name(Kernel kernel) {
+  for (const Kernels* level : supported()) {
+    const std::pair<Kernel, const char*> named[] = {
+        {level->linear, "linear"},
+        {level->embedding, "embedding"},
+        {level->rms_norm, "rms_norm"},
+        {level->add, "add"},
+        {level->gated_activation, "gated_activation"},
+        {level->rotary, "rotary"},
+        {level->store_kv, "store_kv"},
+        {level->paged_attention, "paged_attention"},
+        {level->experts, "experts"},
+        {level->probe, "probe"},
+        {level->round_groups, "round_groups"},
+        {level->argmax, "argmax"},
+    };
+    for (const auto& [one, name] : named)
+      if (one == kernel) return name;
+  }
+  return "?";
+}
+
 }  // namespace puna

@@ -18,4 +18,7 @@ const Kernels& kernels();
 // Chooses a level for every call from now on. Throws std::invalid_argument for one that the processor cannot run.
 void set_level(const std::string& level);
 
+// What a kernel of any level is called, or "?".
+std::string kernel_name(Kernel kernel);
+
 }  // namespace puna

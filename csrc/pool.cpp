@@ -12,6 +12,8 @@ namespace puna {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   _mm_pause();
@@ -102,7 +104,7 @@ void Pool::stop() {
   workers_.clear();
 }
 
-Failure Pool::run(const Task* tasks, std::size_t count) {
+Failure Pool::run(const Task* tasks, std::size_t count, std::int64_t* ends) {
   std::lock_guard lock(mutex_);
   if (workers_.empty() || owner_ != static_cast<int>(getpid())) {
     stop();
@@ -123,6 +125,7 @@ Failure Pool::run(const Task* tasks, std::size_t count) {
   }
   tasks_ = tasks;
   task_count_ = count;
+  ends_ = ends;
   if (workers_.size() > 1) {
     job_.value.fetch_add(1);  // sequentially consistent, like the increment of parked_ in wait_for_job: one sees the other
     if (parked_.value.load() != 0) job_.value.notify_all();
@@ -141,15 +144,18 @@ void Pool::run_tasks(Worker& worker) {
   worker.shared = shared_;
   const Task* tasks = tasks_;
   const std::size_t count = task_count_;
+  std::int64_t* ends = worker.index == 0 ? ends_ : nullptr;
+  const auto begin = ends ? Clock::now() : Clock::time_point{};
   for (std::size_t i = 0; i < count; ++i) {
     if (tasks[i].serial) {
       // The other threads go ahead to the next task that is theirs too, and wait there.
       if (worker.index == 0) run_alone(tasks[i]);
-      if (i + 1 < count && tasks[i + 1].serial) continue;
     } else {
       tasks[i].kernel(tasks[i].args, worker);
     }
-    worker.barrier();
+    // Between serial tasks nobody waits for anybody.
+    if (!tasks[i].serial || i + 1 == count || !tasks[i + 1].serial) worker.barrier();
+    if (ends) ends[i] = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
   }
 }
 
@@ -163,13 +169,13 @@ void Pool::work(int index, std::uint64_t seen) {
 }
 
 void Pool::wait_for_job(std::uint64_t seen) {
-  const auto until = std::chrono::steady_clock::now() + kIdleSpin;
+  const auto until = Clock::now() + kIdleSpin;
   do {
     for (int i = 0; i < 64; ++i) {
       if (job_.value.load(std::memory_order_acquire) != seen) return;
       relax();
     }
-  } while (std::chrono::steady_clock::now() < until);
+  } while (Clock::now() < until);
   parked_.value.fetch_add(1);
   while (job_.value.load() == seen) job_.value.wait(seen);
   parked_.value.fetch_sub(1);

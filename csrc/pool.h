@@ -49,7 +49,8 @@ class Pool {
   int threads() const { return requested_.load(); }
 
   // Runs the tasks in order on all threads; returns when all are done. The first failure of any kernel, if there was one.
-  Failure run(const Task* tasks, std::size_t count);
+  // With `ends`, the nanoseconds from the start to the end of each task are written there, one for each.
+  Failure run(const Task* tasks, std::size_t count, std::int64_t* ends = nullptr);
 
  private:
   friend class Worker;
@@ -82,6 +83,7 @@ class Pool {
 
   const Task* tasks_ = nullptr;
   std::size_t task_count_ = 0;
+  std::int64_t* ends_ = nullptr;
   bool stopping_ = false;
 
   Line job_;      // one higher for each run

@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "dispatch.h"
+
 namespace puna {
 
 namespace {
@@ -24,6 +26,17 @@ void Recording::end() {
 }
 
 Failure Recording::run() const { return Pool::instance().run(tasks_.data(), tasks_.size()); }
+
+Failure Recording::run_timed(std::vector<Timed>& timed) const {
+  std::vector<std::int64_t> ends(tasks_.size());
+  const Failure failure = Pool::instance().run(tasks_.data(), tasks_.size(), ends.data());
+  std::int64_t begin = 0;
+  for (std::size_t i = 0; i < tasks_.size(); ++i) {
+    timed.push_back({kernel_name(tasks_[i].kernel), ends[i] - begin});
+    begin = ends[i];
+  }
+  return failure;
+}
 
 Recording* Recording::current() { return recording; }
 

@@ -1,6 +1,7 @@
 // Recording: a step as a list of tasks, appended while Python runs the model once, and replayed without Python.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,13 @@ class Recording {
 
   // All tasks in order on the pool's threads.
   Failure run() const;
+
+  // The same, with the nanoseconds that each task took, barriers included, beside the name of its kernel.
+  struct Timed {
+    std::string kernel;
+    std::int64_t nanoseconds;
+  };
+  Failure run_timed(std::vector<Timed>& timed) const;
 
   std::size_t size() const { return tasks_.size(); }
 

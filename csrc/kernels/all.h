@@ -1,6 +1,7 @@
 // The table of one level's kernels: what each file in csrc/levels compiles.
 #pragma once
 
+#include "argmax.h"
 #include "attention.h"
 #include "elementwise.h"
 #include "embedding.h"
@@ -34,6 +35,7 @@ const Kernels kKernels = {
     .experts = untyped<ExpertsArgs, experts>,
     .probe = untyped<ProbeArgs, probe>,
     .round_groups = untyped<RoundArgs, round_groups>,
+    .argmax = untyped<ArgmaxArgs, argmax>,
 };
 
 }  // namespace puna::PUNA_LEVEL

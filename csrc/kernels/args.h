@@ -158,6 +158,14 @@ struct RoundArgs {
   Dtype dtype;
 };
 
+// The lowest index of the largest number of each row, and that number. A row with a NaN has NaN as its largest.
+struct ArgmaxArgs {
+  const float* x;         // [rows, size], row stride below
+  std::int64_t* indices;  // [rows]
+  float* values;          // [rows]
+  std::int64_t rows, size, x_stride;  // size up to 2^24
+};
+
 using Kernel = void (*)(const void* args, Worker& worker);
 
 // The kernels of one instruction level. Every one takes its share of the work by worker.index and worker.count.
@@ -174,6 +182,7 @@ struct Kernels {
   Kernel experts;
   Kernel probe;
   Kernel round_groups;
+  Kernel argmax;
 };
 
 // The quantised rows that a linear layer keeps at a time: more take no less time, only more memory.

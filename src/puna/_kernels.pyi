@@ -153,6 +153,7 @@ def probe(kind: int, memory: int, bytes: int, iterations: int, operations: int) 
 def round_groups(
     rows: int, panels: int, first: int, count: int, inputs: int, stride: int, bits: int, dtype: int
 ) -> None: ...
+def argmax(x: int, indices: int, values: int, rows: int, size: int, x_stride: int) -> None: ...
 
 class Recording:
     """A list of kernel calls, made once and replayed without Python."""
@@ -164,5 +165,8 @@ class Recording:
     def end(self) -> None: ...
     def replay(self) -> None:
         """Runs all calls in order. Raises IndexError for token ids and blocks out of range."""
+
+    def profile(self) -> list[tuple[str, float]]:
+        """The same, and the name of each call's kernel beside the seconds that it took with its barrier."""
 
     def __len__(self) -> int: ...

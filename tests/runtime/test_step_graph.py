@@ -199,3 +199,24 @@ def test_a_tensor_larger_than_a_chunk() -> None:
     small = arena.empty((4,), torch.float32)
     small.fill_(2)
     assert large.sum() == 3 << 20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_profile_computes_the_same_and_names_each_kernel(threads: int) -> None:
+    weight, x, ids = torch.ones(64), torch.arange(3000 * 64.0).view(3000, 64), torch.tensor([7, 1])
+    before = cpu.threads()
+    cpu.set_threads(threads)
+    try:
+        arena = cpu.Arena()
+        with cpu.recording(arena) as recording:
+            total = cpu.add(x, x)  # shared by the threads; what follows is too little for that
+            rows = cpu.embedding(ids, total)
+            normed = cpu.rms_norm(rows, weight, 1e-6)
+            best = cpu.argmax(normed)
+        timed = recording.profile()
+    finally:
+        cpu.set_threads(before)
+    assert [kernel for kernel, _ in timed] == ["add", "embedding", "rms_norm", "argmax"]
+    assert all(0 <= seconds < 10 for _, seconds in timed)
+    assert torch.equal(rows, 2 * x[ids])
+    assert best[0].tolist() == [63, 63]

@@ -363,6 +363,18 @@ def panel_experts(
     return y
 
 
+def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest index of the largest number of each row of float32 [R, V], and that number -> int64 [R], float32 [R].
+
+    A row with a NaN has NaN as its largest.
+    """
+    _check("x", x, torch.float32, 2)
+    rows, size = x.shape
+    indices, values = _empty((rows,), torch.int64), _empty((rows,), torch.float32)
+    _built().argmax(x.data_ptr(), indices.data_ptr(), values.data_ptr(), rows, size, max(x.stride(0), size))
+    return indices, values
+
+
 def _built() -> Any:
     """The module, where it is needed. Raises RuntimeError where it is not built; tables of ops never lead there."""
     if _kernels is None:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from puna.ops import cpu
+
 # A weight is exp(logit - highest logit) in units of 2**-35. The sum of 2**18 of them is below 2**53, which a float64
 # holds exactly; tokens 24 nats below the likeliest weigh nothing, together less than 1e-5 of it.
 WEIGHT_BITS: Final = 35
@@ -77,6 +79,8 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     A row with a NaN gives NaN as its highest. (torch.argmax promises the first of equals too, but takes ten times as
     long on CPU.)
     """
+    if logits.device.type == "cpu" and cpu.compiled():
+        return cpu.argmax(logits)
     block = _by_block(logits, BLOCK, torch.amax).argmax(dim=1, keepdim=True)
     values, ids = _look_into(logits, block, BLOCK)
     place = values.argmax(dim=1, keepdim=True)
