@@ -14,6 +14,8 @@ from typing import Final
 
 import torch
 
+from puna.ops.pages import zero_pages
+
 try:
     from puna import _kernels
 except ImportError:
@@ -53,7 +55,8 @@ class Prober:
             if level is not None:
                 _kernels.set_level(level)
         self._done = torch.zeros(threads, dtype=torch.float64)  # by each thread, as the kernel counts it
-        self._memory = torch.ones(read_bytes // 4, dtype=torch.int32)  # written, or all pages would be one of zeros
+        # In pages as weights have them; written, or all of them would be one page of zeros.
+        self._memory = zero_pages(read_bytes // 4 * 4).view(torch.int32).fill_(1)
         self._products = {kind: _calibrated(self._product(kind)) for kind in _KINDS}
 
     def measure(self) -> Probe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,7 @@ from puna.layers.linear import Segment
 from puna.layers.params import KeyValueCacheParams
 from puna.layers.pieces import torch_dtype
 from puna.ops.cpu import INT8_SCALE_BYTES
+from puna.ops.pages import zero_pages
 from puna.runtime.machine import available_host_memory
 from puna.scheduling.step_plan import BlockCopy
 
@@ -67,14 +67,11 @@ class KVPool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the CPU these are pages that come into being when they are first touched.
-
-    To fill 4 GiB with zeros takes two seconds of a start, and blocks that no sequence ever uses would be memory in use.
-    """
+    """On the CPU these are pages that come into being when they are first touched: to fill 4 GiB with zeros takes two
+    seconds of a start, and blocks that no sequence ever uses would be memory in use."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return zero_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def available_memory(device: torch.device) -> int:
