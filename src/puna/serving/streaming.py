@@ -40,7 +40,8 @@ class TextChunks:
 
 
 class EventStream(Response):
-    """Sends each object of `chunks`, or its JSON, as an event, and [DONE]. None is a comment that keeps the connection open.
+    """Sends each object of `chunks`, or its JSON, as an event, and [DONE]; None as a comment, which only keeps the
+    connection open.
 
     A failure on the way is an event `{"error": ...}`, after which the stream ends. Starlette's own response would
     notice a client that left only when it next sends something; this one closes `chunks` at once.
