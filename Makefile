@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	$(BIN)/puna generate --model demo --echo --seed 1 --stats "Once upon a time"
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/clients $(PYTEST_ARGS)
 
 # The server with the clients that people have, by fuzzing, and its page in Chromium (apt-get install chromium).
 test-clients: $(INSTALLED)
