@@ -16,7 +16,7 @@ from puna.engine.engine import Engine
 from puna.scheduling.pooling_params import PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 from puna.serving.errors import ApiError, bad_request, dumps
-from puna.serving.generation import Generation, encoded
+from puna.serving.generation import Generation
 from puna.serving.protocol import EmbeddingRequest
 from puna.serving.record import RequestRecord
 from puna.serving.state import ServerState
@@ -25,8 +25,8 @@ from puna.serving.state import ServerState
 class Embeddings:
     """One request from its fields to its answer.
 
-    Only so many of its inputs are in the engine at once as run there: a request of thousands neither fills the queue
-    nor is refused because it would.
+    Only so many of its inputs are in the engine at once as run there, and as many that wait behind them, so that steps
+    stay full: a request of thousands neither fills the queue nor is refused because it would.
     """
 
     def __init__(self, state: ServerState, request: EmbeddingRequest, record: RequestRecord) -> None:
@@ -44,10 +44,9 @@ class Embeddings:
         """Raises ApiError for a request that can't be run; cancelling this leaves nothing behind."""
         self._state.check_model(self._request.model)
         self._check_dimensions()
-        for index, prompt in enumerate(self._request.inputs):
-            self._inputs.append(await self._tokens(index, prompt))
+        self._inputs = await asyncio.to_thread(self._encode)
         self._pending.extend(range(len(self._inputs)))
-        count = min(len(self._inputs), self._engine.parts.engine_config.max_num_seqs)
+        count = min(len(self._inputs), 2 * self._engine.parts.engine_config.max_num_seqs)
         workers = [asyncio.create_task(self._work()) for _ in range(count)]
         try:
             await asyncio.gather(*workers)
@@ -58,15 +57,24 @@ class Embeddings:
         # In a thread and one by one: a thousand of them are seconds of work, and nobody else is to wait for all.
         return Response(await asyncio.to_thread(self._body), media_type="application/json")
 
-    async def _tokens(self, index: int, prompt: str | list[int]) -> list[int]:
+    def _encode(self) -> list[list[int]]:
+        """All at once: a thread of its own for each would take longer than its work."""
         request, engine = self._request, self._engine
-        token_ids = await encoded(engine, prompt, request.add_special_tokens is not False, "input")
         keep = engine.max_model_len if request.truncate_prompt_tokens == -1 else request.truncate_prompt_tokens
-        token_ids = token_ids if keep is None else token_ids[-keep:]
-        refusal = _refusal(engine, token_ids)
-        if refusal is not None:
-            raise bad_request(f"input {index} {refusal}", "input")
-        return token_ids
+        encode, found = engine.parts.tokenizer.encode, []
+        for index, prompt in enumerate(request.inputs):
+            try:
+                token_ids = (
+                    encode(prompt, request.add_special_tokens is not False) if isinstance(prompt, str) else prompt
+                )
+            except ValueError as error:
+                raise bad_request(f"input {index}: {error}", "input") from None
+            token_ids = token_ids if keep is None else token_ids[-keep:]
+            refusal = _refusal(engine, token_ids)
+            if refusal is not None:
+                raise bad_request(f"input {index} {refusal}", "input")
+            found.append(token_ids)
+        return found
 
     def _check_dimensions(self) -> None:
         asked, size = self._request.dimensions, self._engine.parts.config.hidden_size
