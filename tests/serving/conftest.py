@@ -22,6 +22,7 @@ httpx = pytest.importorskip("httpx")
 from puna.config import EngineConfig  # noqa: E402
 from puna.engine.engine import Engine  # noqa: E402
 from puna.serving.app import make_app  # noqa: E402
+from puna.serving.connection import Connection  # noqa: E402
 from puna.serving.state import ServerSettings, ServerState  # noqa: E402
 
 Serve = Callable[..., AbstractContextManager["Running"]]
@@ -49,7 +50,7 @@ class Running:
 
 @contextmanager
 def listening(state: ServerState) -> Iterator[Running]:
-    server = uvicorn.Server(uvicorn.Config(make_app(state), log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(make_app(state), http=Connection, log_config=None, lifespan="off"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

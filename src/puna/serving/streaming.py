@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from puna.serving.connection import WRITE_CHUNK, WriteChunk
 from puna.serving.errors import ApiError, dumps
 from puna.serving.generation import engine_error
 
@@ -56,18 +57,23 @@ class EventStream(Response):
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_gone(self._send_all(send), receive)
+        write: WriteChunk | None = scope.get("extensions", {}).get(WRITE_CHUNK)
 
-    async def _send_all(self, send: Send) -> None:
+        async def send_body(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        await until_gone(self._send_all(send, write or send_body), receive)
+
+    async def _send_all(self, send: Send, write: WriteChunk) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for chunk in self._chunks:
-                await send({"type": "http.response.body", "body": _event(chunk), "more_body": True})
+                await write(_event(chunk))
         except ApiError as error:
-            await _send_error(send, error)
+            await write(_event(error.body()))
         except Exception:
             _log.exception("a stream failed")
-            await _send_error(send, engine_error())
+            await write(_event(engine_error().body()))
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})
 
 
@@ -75,10 +81,6 @@ def _event(chunk: Chunk | None) -> bytes:
     if chunk is None:
         return _COMMENT
     return b"data: %b\n\n" % (chunk if isinstance(chunk, bytes) else dumps(chunk))
-
-
-async def _send_error(send: Send, error: ApiError) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + dumps(error.body()) + b"\n\n", "more_body": True})
 
 
 async def until_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
