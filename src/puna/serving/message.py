@@ -100,7 +100,7 @@ def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
                 calls[part["index"]]["function"] = dict(part["function"])
             else:
                 calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
     if calls or reasoning:
         message["content"] = content or None
     if calls:
