@@ -223,6 +223,7 @@ def test_a_deadline_is_the_whole_requests(serve: Serve, monkeypatch: pytest.Monk
         threading.Timer(0.3, may_go_on.set).start()
         answer = post(server, input=["a", "b", "c"], deadline=0.1)
         assert answer.status_code == 408
+        assert answer.headers["x-should-retry"] == "false"
         assert answer.json()["error"] == {
             "message": "the embeddings took longer than the deadline of 0.1 seconds",
             "type": "timeout_error",

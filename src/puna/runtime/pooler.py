@@ -61,7 +61,7 @@ class Pooler:
         if row.first_position == 0:  # also where a prompt is computed again
             self._sums[row.sequence_id] = np.zeros(hidden_states.shape[1])
         total = self._sums[row.sequence_id]
-        for part in hidden_states.split(_PART):
+        for part in torch.split(hidden_states, _PART):
             for token in _float64(part):
                 total += token
 

@@ -126,7 +126,9 @@ class Embeddings:
 
     def _late(self) -> ApiError:
         message = f"the embeddings took longer than the deadline of {self._request.deadline} seconds"
-        return ApiError(408, message, kind="timeout_error", param="deadline", code="deadline_exceeded")
+        error = ApiError(408, message, kind="timeout_error", param="deadline", code="deadline_exceeded")
+        error.headers = {"x-should-retry": "false"}  # OpenAI's clients would, by the status alone
+        return error
 
     def _body(self) -> bytes:
         as_base64 = self._request.encoding_format == "base64"

@@ -236,8 +236,8 @@ class CompletionRequest(SamplingRequest):
 def _several(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
     """One prompt or a list of them, as a list."""
     if isinstance(prompts, str) or isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+        return [prompts]
+    return list(prompts)
 
 
 class ContentPart(Strict):
