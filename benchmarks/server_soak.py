@@ -39,8 +39,8 @@ TEMPLATE: Final = (
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% endfor %}[a]"
 )
 CONTEXT: Final = 1024
-# 16 sequences, and blocks for a quarter of what they may want; a queue that 32 clients fill at times.
-SERVE: Final = ("--max-num-seqs", "16", "--kv-cache-memory", "256KiB", "--max-queue", "24")
+# 16 sequences, and blocks for an eighth of what they may want; a queue that 32 clients fill at times.
+SERVE: Final = ("--max-num-seqs", "16", "--kv-cache-memory", "128KiB", "--max-queue", "24")
 CLIENTS_PER_PROCESS: Final = 8
 NUM_REFERENCES: Final = 24
 WARM_UP: Final = 0.25  # of the time
@@ -140,8 +140,8 @@ class Server:
         )
 
     def at_rest(self, baseline: Sample | None) -> Sample:
-        """Once nothing is left, or else as it is after ten seconds."""
-        end, before = time.monotonic() + 10, None
+        """Once nothing is left, or else as it is after a minute."""
+        end, before = time.monotonic() + 60, None
         while True:
             now = self.sample()
             if baseline is None:
@@ -202,7 +202,7 @@ class Crowd:
 
     def _join(self, process: subprocess.Popen[str], thread: threading.Thread) -> None:
         try:
-            process.wait(90)
+            process.wait(400)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -250,7 +250,7 @@ def running_server(folder: Path, report: Report) -> Iterator[Server]:
 def soak(folder: Path, minutes: float, concurrency: int, seed: int) -> Report:
     report, chooser = Report(minutes, concurrency, seed), random.Random(seed)
     make_model(folder, CONTEXT, TEMPLATE)
-    round_seconds = min(60.0, minutes * 60 / 12)
+    round_seconds = min(60.0, minutes * 60 / 8)
     with running_server(folder, report) as server:
         references = folder / "references.json"
         references.write_text(json.dumps(make_references(server, chooser)))

@@ -280,7 +280,7 @@ async def main() -> None:
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=int(concurrency))
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, trust_env=False) as http:
         has_embeddings = (await http.post("/v1/embeddings", json={"model": MODEL, "input": "x"})).status_code != 404
         tasks = []
         for number in range(int(concurrency)):

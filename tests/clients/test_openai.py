@@ -156,6 +156,14 @@ def test_parsed_tools(clients_server: Running, choice: Any) -> None:
     assert more.choices[0].finish_reason in ("stop", "length")
 
 
+def test_strict_tools_need_no_choice(clients_server: Running) -> None:
+    """As pydantic_function_tool makes them; a random model calls none."""
+    tools: Any = [openai.pydantic_function_tool(Step)]
+    answer = clients_server.client.chat.completions.create(messages=MESSAGES, tools=tools, **GREEDY).choices[0]
+    assert answer.finish_reason in ("length", "stop")
+    assert answer.message.tool_calls is None
+
+
 def test_embeddings(clients_server: Running) -> None:
     client = clients_server.client
     texts = ["one", "another one", "ü"]
