@@ -110,7 +110,7 @@ def test_chunks_of_completions(full: Running, echo: bool, logprobs: int | None) 
             if logprobs is not None:
                 assert choices[0]["logprobs"]["token_logprobs"][0] is None
                 assert len(choices[0]["logprobs"]["tokens"]) == 3
-                assert len(choices[1]["logprobs"]["tokens"]) == 1
+                assert sum(len(choice["logprobs"]["tokens"]) for choice in choices[1:]) <= 5
 
 
 def test_an_echo_comes_before_the_rest_is_made(full: Running) -> None:  # noqa: F811
