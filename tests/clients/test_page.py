@@ -150,6 +150,7 @@ def test_edit_and_send_again(page: ChatPage) -> None:
     assert contents[0] == "The old king"
     assert len(contents) == 2
     playwright.expect(page.box).to_be_focused()
+    assert page.stored()[0]["title"] == "The old king"
     page.button("Undo").click()
     assert page.contents() == before
     playwright.expect(page.answers).to_have_count(2)
@@ -246,8 +247,10 @@ def test_reasoning_and_tool_calls_are_shown(page: ChatPage) -> None:
     assert page.answers.locator(".content:not(.reasoning *)").inner_text() == "It is cold."
     assert page.answers.locator(".call p").inner_text() == "Calls weather"
     assert json.loads(page.answers.locator(".call pre").inner_text()) == {"city": "Puno"}
+    page.ask("And tomorrow?")
+    playwright.expect(reasoning.first).to_have_attribute("open", "")  # as the reader left it
     page.page.reload()
-    assert page.answers.locator(".call p").inner_text() == "Calls weather"
+    assert page.answers.locator(".call p").first.inner_text() == "Calls weather"
 
 
 def test_text_mode_of_a_model_without_a_chat_template(open_page: OpenPage, tmp_path: Path) -> None:  # noqa: F811

@@ -85,7 +85,8 @@ function showServer() {
   $("send").hidden = isBusy;
   $("stop").hidden = !isBusy;
   $("send").disabled = server.status !== "ready";
-  if (hadFocus) (isBusy ? $("stop") : $("box")).focus();
+  if (hadFocus && isBusy) $("stop").focus();
+  else if (hadFocus) focusBox();
 }
 
 const isText = () => !server.canChat || settings.mode === "text";
@@ -263,9 +264,14 @@ function showList() {
 }
 
 function renderMessages() {
+  // What is there stays: an open fold, a message that is being edited.
+  const known = new Map(views.filter((view) => view.isPlain === isText()).map((view) => [view.message, view]));
   const run = runs.get(current.id);
-  views = current.messages.map((message) => (message === run?.message ? run.view : new MessageView(message, isText())));
-  $("messages").replaceChildren(...views.map((view) => view.element));
+  if (run) known.set(run.message, run.view);
+  const shown = $("messages").children;
+  views = current.messages.map((message) => known.get(message) ?? new MessageView(message, isText()));
+  for (const node of [...shown]) if (!views.some((view) => view.element === node)) node.remove();
+  views.forEach(({ element }, i) => element === shown[i] || $("messages").insertBefore(element, shown[i] ?? null));
   $("empty").hidden = views.length > 0;
   showServer();
   follow();
@@ -318,6 +324,7 @@ const actions = {
         if (server.status !== "ready") return toast("The server is not ready: nothing was sent.");
         const isMore = current.messages.length > index + 2;
         changeMessages(current.messages.slice(0, index), isMore ? "What came after it is gone." : "");
+        if (index === 0) current.title = "";
         send(text);
       }
       focusBox();

@@ -46,7 +46,6 @@ export async function copyText(text) {
 
 export class MessageView {
   isRunning = false;
-  #message;
   #content = el("div", { class: "content", dir: "auto" });
   #reasoning = el("div", { class: "content", dir: "auto" });
   #details = el("details", { class: "reasoning" }, el("summary", {}, "Reasoning"), this.#reasoning);
@@ -63,9 +62,10 @@ export class MessageView {
   /** `isPlain`: the text is shown as it stands. */
   constructor(message, isPlain) {
     const { role } = message;
-    this.#message = message;
+    this.message = message;
+    this.isPlain = isPlain;
     const buttons = ACTIONS[role].map(([name, label]) => iconButton(name, label, { "data-action": name }));
-    const foot = el("footer", {}, el("div", { class: "actions" }, ...buttons), this.#stats);
+    const foot = el("footer", {}, this.#stats, el("div", { class: "actions" }, ...buttons));
     const isUser = role === "user";
     this.element = el("article", { class: `message ${role}`, "aria-label": isUser ? "You" : "Answer" }, this.#content);
     if (!isUser) {
@@ -110,7 +110,7 @@ export class MessageView {
       this.element.classList.remove("editing");
       done(text);
     };
-    box.value = this.#message.content;
+    box.value = this.message.content;
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       if (box.value.trim()) leave(box.value);
@@ -128,10 +128,11 @@ export class MessageView {
     this.#content.replaceWith(form);
     box.focus();
     box.setSelectionRange(box.value.length, box.value.length);
+    form.scrollIntoView({ block: "nearest" });
   }
 
   #render() {
-    const { role, content, reasoning = "", calls = [], note = "", error = "", stats } = this.#message;
+    const { role, content, reasoning = "", calls = [], note = "", error = "", stats } = this.message;
     if (this.#markdown) this.#markdown.update(content);
     else if (this.#content.textContent !== content) this.#content.textContent = content;
     if (role === "user") return;
