@@ -12,8 +12,9 @@ PYTEST_ARGS ?= -n 2
 # What `make bench` compares with, in an environment of its own; BENCH_ARGS are options of benchmarks/cpu_peers.py.
 PEERS := .venv-peers
 BENCH_ARGS ?=
+LLAMA_SERVER := $(PEERS)/llama.cpp/bin/llama-server
 
-.PHONY: demo test test-clients sanitize lint format bench clean
+.PHONY: demo test test-clients sanitize lint format bench bench-server clean
 
 demo: $(INSTALLED)
 	$(BIN)/puna generate --model demo --echo --seed 1 --stats "Once upon a time"
@@ -44,6 +45,10 @@ format: $(INSTALLED)
 bench: $(INSTALLED) $(PEERS)/.installed
 	$(BIN)/python benchmarks/cpu_peers.py --peers-python $(PEERS)/bin/python $(BENCH_ARGS)
 
+# A quarter of an hour, where nothing else runs; BENCH_ARGS are options of benchmarks/server_peers.py.
+bench-server: $(INSTALLED) $(LLAMA_SERVER)
+	$(BIN)/python benchmarks/server_peers.py --llama-server $(LLAMA_SERVER) --peers-python $(PEERS)/bin/python $(BENCH_ARGS)
+
 clean:
 	rm -rf $(VENV) $(PEERS) build .mypy_cache .pytest_cache .ruff_cache .hypothesis src/puna/_kernels*.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -66,3 +71,15 @@ $(PEERS)/.installed: benchmarks/peers_requirements.txt
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PEERS)/bin/python -m pip install --quiet \
 		--no-binary llama-cpp-python -r benchmarks/peers_requirements.txt
 	@touch $@
+
+# llama.cpp's own server, of the sources in that release of llama-cpp-python; without its page, which would be downloaded.
+$(LLAMA_SERVER): $(PEERS)/.installed
+	rm -rf $(PEERS)/sources && mkdir $(PEERS)/sources
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary llama-cpp-python \
+		--dest $(PEERS)/sources $$(grep llama-cpp-python benchmarks/peers_requirements.txt)
+	tar xzf $(PEERS)/sources/*.tar.gz -C $(PEERS)/sources --strip-components 1
+	$(BIN)/cmake -S $(PEERS)/sources/vendor/llama.cpp -B $(PEERS)/llama.cpp -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_COMMON=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
+		-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF
+	$(BIN)/cmake --build $(PEERS)/llama.cpp --target llama-server --parallel

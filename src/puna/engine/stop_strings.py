@@ -21,6 +21,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop string. Nothing more comes once one is found."""
+        if not self._strings:
+            return text
         if self.found:
             return ""
         text = self._held + text
