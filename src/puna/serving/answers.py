@@ -20,10 +20,23 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ChatUsage(Usage):
+    completion_tokens_details: CompletionTokensDetails
 
 
 class PromptLogprob(BaseModel):
@@ -55,6 +68,7 @@ class CompletionAnswer(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
 
@@ -73,8 +87,10 @@ class CalledTool(BaseModel):
 class AnswerMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
-    refusal: str | None
+    refusal: None
+    annotations: list[object]
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[CalledTool] = []
 
 
@@ -107,8 +123,10 @@ class ChatAnswer(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
+    service_tier: Literal["default"] = "default"
     choices: list[ChatChoice]
-    usage: Usage
+    usage: ChatUsage
     prompt_token_ids: list[int] = []
     prompt_logprobs: list[dict[str, PromptLogprob] | None] = []
 
