@@ -161,7 +161,7 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit(quick: tuple[str, int])
     assert (status, error["code"]) == (413, "too_large")
 
 
-@pytest.mark.parametrize("length", ["1001", "99999999999999999999"])
+@pytest.mark.parametrize("length", ["1001", "9999999999999999999"])
 def test_a_length_above_the_limit_is_refused_before_the_body(quick: tuple[str, int], length: str) -> None:
     status, error = parsed(exchange(quick[1], f"{HEAD}content-length: {length}\r\n\r\n".encode()))
     assert (status, error["code"]) == (413, "too_large")
@@ -185,6 +185,7 @@ def test_a_head_byte_by_byte_is_not_waited_for(quick: tuple[str, int]) -> None:
     with socket.create_connection(("127.0.0.1", quick[1]), timeout=10) as it:
         it.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b"200 OK" in it.recv(65536)
+        it.sendall(b"GET /health HTTP/1.1\r\n")
         with pytest.raises(OSError, match=r"reset|pipe|abort"):
             drip(it, b"x-a: b\r\n")
 
