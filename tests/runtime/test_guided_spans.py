@@ -118,7 +118,7 @@ def test_spans_that_are_the_whole_text(compiler: GrammarCompiler, think: tuple[M
 
 @pytest.mark.parametrize(
     "schema",
-    [{"type": "integer", "minimum": 5, "maximum": 3}, {"type": "strin"}, {"type": "array", "uniqueItems": True}],
+    [{"type": "integer", "minimum": 5, "maximum": 3}, {"type": "nothing"}, {"type": "array", "uniqueItems": True}],
 )
 def test_well_written_and_impossible(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
     with pytest.raises(UnenforceableError):

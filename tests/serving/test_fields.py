@@ -300,7 +300,7 @@ def test_several_greedy_answers_are_the_same(full: Running, stream: bool) -> Non
         ({"guided_json": {"type": "integer", "minimum": 5, "maximum": 3}}, "guided_json"),
         ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
             "response_format",
         ),
         (

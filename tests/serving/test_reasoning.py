@@ -41,7 +41,7 @@ TEXTS: tuple[tuple[Reasoning, str, str, str], ...] = (
     (MAYBE, "  plain <think>x</think>", "", "  plain <think>x</think>"),
     (MAYBE, "<thin", "", "<thin"),
     (MAYBE, "<think>cut o", "cut o", ""),
-    (MAYBE, "<think>a </thi", "a </thi", ""),
+    (MAYBE, "<think>a </th", "a </th", ""),
     (MAYBE, "<think></think>", "", ""),
     (MAYBE, "<think> \n </think> \n ", "", ""),
     (MAYBE, "", "", ""),
