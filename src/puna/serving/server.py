@@ -157,7 +157,7 @@ class ServerLife:
             timeout_graceful_shutdown=int(self._listen.shutdown_timeout + _GRACE),
             h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
             # Connections above it are answered with 503: without descriptors left they could not even be taken.
-            limit_concurrency=max(1, files - _SPARE_FILES),
+            limit_concurrency=None if files == resource.RLIM_INFINITY else max(1, files - _SPARE_FILES),
         )
 
     def _on_signal(self, number: int) -> None:
