@@ -118,8 +118,8 @@ class Chat:
                 chunk = head | {"choices": [choice]}
                 if self._request.return_token_ids and choice["delta"].get("role") and choice["index"] == 0:
                     chunk["prompt_token_ids"] = output.prompt_token_ids
-                if usage_in_each:
-                    chunk["usage"] = self._usage(output)
+                if usage_in_each:  # without the reasoning's share, which would be counted anew each time
+                    chunk["usage"] = usage([output], self._record.cached_tokens, self._copies)
                 elif include_usage:
                     chunk["usage"] = None
                 yield chunk
