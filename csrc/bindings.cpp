@@ -409,6 +409,37 @@ void argmax(Address x, Address indices, Address values, Size rows, Size size, Si
   submit(Task::of(kernels().argmax, args), rows == 1 ? 0 : rows * size);
 }
 
+void draw(Address x, Address temperature, Address top_k, Address top_p, Address min_p, Address uniform, Address tokens,
+          Address highest, Size rows, Size size, Size x_stride) {
+  DrawArgs args{};
+  check_size("rows", rows);
+  check_size("size", size, 1);
+  if (size > Size{1} << 24)
+    throw std::invalid_argument("size is " + std::to_string(size) + ": it must be from 1 to 2^24");
+  check_size("x_stride", x_stride, size);
+  if (rows == 0) return;
+  check_address("x", x, 4);
+  check_address("temperature", temperature, 4);
+  if (top_k) check_address("top_k", top_k, 8);
+  if (top_p) check_address("top_p", top_p, 8);
+  if (min_p) check_address("min_p", min_p, 4);
+  check_address("uniform", uniform, 8);
+  check_address("tokens", tokens, 8);
+  check_address("highest", highest, 4);
+  args.x = at<float>(x);
+  args.temperature = at<float>(temperature);
+  args.top_k = at<std::int64_t>(top_k);
+  args.top_p = at<double>(top_p);
+  args.min_p = at<float>(min_p);
+  args.uniform = at<double>(uniform);
+  args.tokens = to<std::int64_t>(tokens);
+  args.highest = to<float>(highest);
+  args.rows = rows;
+  args.size = size;
+  args.x_stride = x_stride;
+  submit(Task::of(kernels().draw, args), rows == 1 ? 0 : rows < kMostElements / size ? rows * size : kMostElements);
+}
+
 nb::list profile(const Recording& recording) {
   std::vector<Recording::Timed> timed;
   Failure failure;
@@ -480,6 +511,8 @@ NB_MODULE(_kernels, m) {
   m.def("round_groups", &round_groups, "rows"_a, "panels"_a, "first"_a, "count"_a, "inputs"_a, "stride"_a, "bits"_a,
         "dtype"_a);
   m.def("argmax", &argmax, "x"_a, "indices"_a, "values"_a, "rows"_a, "size"_a, "x_stride"_a);
+  m.def("draw", &draw, "x"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a, "tokens"_a, "highest"_a,
+        "rows"_a, "size"_a, "x_stride"_a);
 
   nb::class_<Recording>(m, "Recording", "A list of kernel calls, made once and replayed without Python.")
       .def(nb::init<>())

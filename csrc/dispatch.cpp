@@ -105,6 +105,7 @@ std::string kernel_name(Kernel kernel) {
         {level->probe, "probe"},
         {level->round_groups, "round_groups"},
         {level->argmax, "argmax"},
+        {level->draw, "draw"},
     };
     for (const auto& [one, name] : named)
       if (one == kernel) return name;

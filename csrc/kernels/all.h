@@ -3,6 +3,7 @@
 
 #include "argmax.h"
 #include "attention.h"
+#include "draw.h"
 #include "elementwise.h"
 #include "embedding.h"
 #include "experts.h"
@@ -36,6 +37,7 @@ const Kernels kKernels = {
     .probe = untyped<ProbeArgs, probe>,
     .round_groups = untyped<RoundArgs, round_groups>,
     .argmax = untyped<ArgmaxArgs, argmax>,
+    .draw = untyped<DrawArgs, draw>,
 };
 
 }  // namespace puna::PUNA_LEVEL

@@ -166,6 +166,19 @@ struct ArgmaxArgs {
   std::int64_t rows, size, x_stride;  // size up to 2^24
 };
 
+// A random token for each row of logits: see draw.h. Each of top_k, top_p and min_p may be null: no row asks for it.
+struct DrawArgs {
+  const float* x;            // [rows, size], row stride below
+  const float* temperature;  // [rows], above 0
+  const std::int64_t* top_k;  // [rows], 1 .. size
+  const double* top_p;       // [rows], above 0; 1 and more: all
+  const float* min_p;        // [rows], 0 .. 1
+  const double* uniform;     // [rows], 0 .. 1: where in the sum of the probabilities
+  std::int64_t* tokens;      // [rows]
+  float* highest;            // [rows], the highest logit
+  std::int64_t rows, size, x_stride;  // size up to 2^24
+};
+
 using Kernel = void (*)(const void* args, Worker& worker);
 
 // The kernels of one instruction level. Every one takes its share of the work by worker.index and worker.count.
@@ -183,6 +196,7 @@ struct Kernels {
   Kernel probe;
   Kernel round_groups;
   Kernel argmax;
+  Kernel draw;
 };
 
 // The quantised rows that a linear layer keeps at a time: more take no less time, only more memory.

@@ -154,6 +154,19 @@ def round_groups(
     rows: int, panels: int, first: int, count: int, inputs: int, stride: int, bits: int, dtype: int
 ) -> None: ...
 def argmax(x: int, indices: int, values: int, rows: int, size: int, x_stride: int) -> None: ...
+def draw(
+    x: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    min_p: int,
+    uniform: int,
+    tokens: int,
+    highest: int,
+    rows: int,
+    size: int,
+    x_stride: int,
+) -> None: ...
 
 class Recording:
     """A list of kernel calls, made once and replayed without Python."""

@@ -30,6 +30,7 @@ def test_is_numpys_of_random_rows_and_of_many_equals(kernels: ModuleType, level:
             check(torch.randn(rows, size, generator=generator))
             check(torch.randint(-2, 3, (rows, size), generator=generator).float())  # the first of equals
             check(torch.randn(rows, size + 7, generator=generator)[:, 3 : 3 + size])  # rows that lie apart
+            check(torch.randn(1, size, generator=generator).expand(rows, -1))  # the same row
 
 
 def test_finds_the_only_one_at_every_place(kernels: ModuleType, level: str) -> None:
@@ -57,6 +58,6 @@ def test_a_row_with_a_nan_has_nan_as_its_largest(kernels: ModuleType, level: str
 
 
 def test_wrong_tensors_are_refused() -> None:
-    for x in (torch.zeros(5), torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(2, 4)[:, ::2]):
+    for x in (torch.zeros(5), torch.zeros(2, 3, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="x "):
             cpu.argmax(x)

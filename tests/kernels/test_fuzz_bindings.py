@@ -59,6 +59,10 @@ RIGHT: Final[dict[str, dict[str, Any]]] = {
         "rows": MEMORY, "panels": MEMORY, "first": 0, "count": 2, "inputs": 64, "stride": 64, "bits": 4, "dtype": 0
     },
     "argmax": {"x": MEMORY, "indices": MEMORY, "values": MEMORY, "rows": 2, "size": 64, "x_stride": 64},
+    "draw": {
+        "x": MEMORY, "temperature": MEMORY, "top_k": OPTIONAL, "top_p": OPTIONAL, "min_p": OPTIONAL, "uniform": MEMORY,
+        "tokens": MEMORY, "highest": MEMORY, "rows": 2, "size": 64, "x_stride": 64,
+    },
     "probe": {"kind": 0, "memory": MEMORY, "bytes": 4096, "iterations": 3, "operations": MEMORY},
     "set_threads": {"count": 2},
     "set_level": {"level": "portable"},
@@ -127,6 +131,8 @@ def test_every_wrong_argument_is_refused(child: Child, function: str) -> None:
         ("linear", {"y_stride": 63}),
         ("linear", {"gated": True, "outputs": 33, "y_stride": 33}),
         ("argmax", {"x_stride": 63}),
+        ("draw", {"x_stride": 63}),
+        ("draw", {"size": 2**24 + 1, "x_stride": 2**24 + 1}),
         ("argmax", {"size": 2**24 + 1, "x_stride": 2**24 + 1}),
         ("embedding", {"table_stride": 63}),
         ("embedding", {"is_panels": True, "table": {"address": {"bytes": 1 << 16, "off": 32}}}),

@@ -15,12 +15,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
+from puna.ops import cpu
 from puna.runtime import sampling_ops as ops
 from puna.runtime.logit_edits import edit, entries
 from puna.runtime.sampler import SampleOutput, Sampler
 from puna.runtime.sequence_state import SequenceState
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.step_plan import NewSequence
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for the compiled kernels and for torch, which takes over where there are none."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "compiled", lambda: False)
+    elif not cpu.compiled():
+        pytest.skip("the compiled module is not built here")
+
 
 CPU = torch.device("cpu")
 # Short rows are sorted; long ones go by blocks and buckets, and this one's last block is not full.

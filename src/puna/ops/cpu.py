@@ -368,11 +368,49 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A row with a NaN has NaN as its largest.
     """
-    _check("x", x, torch.float32, 2)
+    x = _logits(x)
     rows, size = x.shape
     indices, values = _empty((rows,), torch.int64), _empty((rows,), torch.float32)
     _built().argmax(x.data_ptr(), indices.data_ptr(), values.data_ptr(), rows, size, max(x.stride(0), size))
     return indices, values
+
+
+def draw(
+    x: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A random token for each row of logits, float32 [R, V], and the row's highest logit -> int64 [R], float32 [R].
+
+    temperature float32 above 0, top_k int64 in 1..V, top_p float64, min_p float32, uniform float64 in [0, 1): all [R].
+    A row whose highest logit is not finite gets the token 0. `puna.runtime.sampling_ops.draw` says what is computed.
+    """
+    x = _logits(x)
+    rows, size = x.shape
+    given = (
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int64),
+        ("top_p", top_p, torch.float64),
+        ("min_p", min_p, torch.float32),
+        ("uniform", uniform, torch.float64),
+    )
+    addresses = []
+    for name, numbers, dtype in given:
+        if numbers is None:
+            addresses.append(0)
+            continue
+        _check(name, numbers, dtype, 1)
+        if len(numbers) != rows:
+            raise ValueError(f"{name} has {len(numbers)} numbers for {rows} rows of logits")
+        addresses.append(numbers.data_ptr())
+    tokens, highest = _empty((rows,), torch.int64), _empty((rows,), torch.float32)
+    _built().draw(
+        x.data_ptr(), *addresses, tokens.data_ptr(), highest.data_ptr(), rows, size, max(x.stride(0), size)
+    )
+    return tokens, highest
 
 
 def _built() -> Any:
@@ -414,6 +452,12 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, dims: int) -> None:
         raise ValueError(f"{name} has the strides {tensor.stride()}: the last axis must be contiguous")
     if dims == 2 and tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
         raise ValueError(f"{name} has the strides {tensor.stride()}: its rows must not overlap")
+
+
+def _logits(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or x.dim() != 2:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}: float32 with 2 axes is needed")
+    return _rows("x", x, x.shape[1])
 
 
 def _rows(name: str, x: Tensor, size: int) -> Tensor:

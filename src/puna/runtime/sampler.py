@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from puna.ops import cpu
 from puna.runtime import sampling_ops as ops
 from puna.runtime.logit_edits import Entries, edit, entries
 from puna.runtime.logprobs import candidates, token_logprobs
@@ -26,8 +27,9 @@ from puna.scheduling.step_plan import NewSequence, SampledToken, TokenLogprobs
 
 __all__ = ["GrammarSource", "Matcher", "SampleOutput", "Sampler", "candidates", "token_logprobs", "validate"]
 
-# Logits that are worked on at a time. On CPU two rows of 128k, or eight of 32k: 1 MiB, so that each step finds in the
-# cache what the one before wrote. Measured: 2**19 and more take up to twice as long for top-p, 2**17 no less.
+# Logits that are worked on at a time. Where torch does that on the CPU, two rows of 128k, or eight of 32k: 1 MiB, so that
+# each step finds in the cache what the one before wrote. Measured: 2**19 and more take up to twice as long for top-p,
+# 2**17 no less. The compiled kernels go over one row after another anyway.
 CHUNK_ELEMENTS_ON_CPU: Final = 1 << 18
 CHUNK_ELEMENTS_ELSEWHERE: Final = 1 << 25
 
@@ -183,20 +185,23 @@ class Sampler:
 
     def _split(self, states: list[SequenceState]) -> tuple[_Chunk, ...]:
         """Like rows beside each other, in chunks of a size; rows that differ in kind never share a chunk."""
-        elements = CHUNK_ELEMENTS_ON_CPU if self.device.type == "cpu" else CHUNK_ELEMENTS_ELSEWHERE
-        size = max(1, elements // self.vocab_size)
         kinds = [_kind(state, self.vocab_size) for state in states]
         order = sorted(range(len(states)), key=lambda row: (kinds[row], _steps(states[row].params)))
         chunks: list[_Chunk] = []
         rows: list[int] = []
         for row in order:
-            if rows and (len(rows) == size or kinds[row] != kinds[rows[0]]):
+            if rows and (kinds[row] != kinds[rows[0]] or len(rows) == self._chunk_rows(kinds[row])):
                 chunks.append(self._chunk(rows, states))
                 rows = []
             rows.append(row)
         if rows:
             chunks.append(self._chunk(rows, states))
         return tuple(chunks)
+
+    def _chunk_rows(self, kind: _Kind) -> int:
+        is_small = self.device.type == "cpu" and not (cpu.compiled() and kind.is_kernels)
+        elements = CHUNK_ELEMENTS_ON_CPU if is_small else CHUNK_ELEMENTS_ELSEWHERE
+        return max(1, elements // self.vocab_size)
 
     def _chunk(self, rows: list[int], states: list[SequenceState]) -> _Chunk:
         own = tuple(states[row] for row in rows)
@@ -213,12 +218,26 @@ class Sampler:
         )
 
 
-def _kind(state: SequenceState, vocab_size: int) -> tuple[bool, ...]:
+class _Kind(NamedTuple):
     """Rows of different kinds take different paths."""
+
+    is_edited: bool
+    is_drawn: bool
+    is_narrow: bool
+    is_typical: bool
+
+    @property
+    def is_kernels(self) -> bool:
+        """Whether nothing but the compiled kernels goes over a row."""
+        return not (self.is_edited or self.is_typical)
+
+
+def _kind(state: SequenceState, vocab_size: int) -> _Kind:
     params = state.params
     if params.temperature == 0:
-        return (state.is_edited, False, False, False)
-    return (state.is_edited, True, ops.is_narrow_top_k(params.top_k, vocab_size), params.typical_p < 1)
+        return _Kind(state.is_edited, False, False, False)
+    is_narrow = ops.is_narrow_top_k(params.top_k, vocab_size)
+    return _Kind(state.is_edited, True, is_narrow, params.typical_p < 1)
 
 
 def _steps(params: SamplingParams) -> tuple[bool, ...]:

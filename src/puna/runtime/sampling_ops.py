@@ -111,6 +111,9 @@ def draw(logits: Tensor, shaping: Shaping, uniform: Tensor) -> tuple[Tensor, Ten
     top-k keeps ties with the k-th, as transformers does. Of equally likely tokens at the end of the nucleus, top-p
     keeps those with the lowest ids.
     """
+    if logits.device.type == "cpu" and cpu.compiled() and shaping.typical_p is None:
+        columns = (None if c is None else c.squeeze(1) for c in (shaping.top_k, shaping.top_p, shaping.min_p))
+        return cpu.draw(logits, shaping.temperature.squeeze(1), *columns, uniform)
     ids: Tensor | None = None
     if shaping.is_narrow and shaping.top_k is not None:
         logits, ids = _narrow(logits, shaping.top_k, shaping.highest_top_k)
