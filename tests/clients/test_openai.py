@@ -294,6 +294,22 @@ def test_raw_and_streaming_responses(clients_server: Running) -> None:
     assert text == raw.parse().choices[0].message.content
 
 
+def test_ends_of_lines_within_texts_end_no_event(clients_server: Running) -> None:
+    """httpx's and requests' iter_lines end lines at these, too, and openai's client does not."""
+    text = "a\x85b\u2028c\u2029d\r\n\x0be"
+    body = {"model": "small", "prompt": "x", "max_tokens": 40, "stream": True, "guided_choice": [text]}
+    with clients_server.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines.pop() == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert "".join(choice["text"] for event in events for choice in event["choices"]) == text
+    extra = {"guided_choice": [text]}
+    stream = clients_server.client.completions.create(
+        model="small", prompt="x", max_tokens=40, stream=True, extra_body=extra
+    )
+    assert "".join(choice.text for chunk in stream for choice in chunk.choices) == text
+
+
 def test_leaving_streams_frees_everything(clients_server: Running) -> None:
     """Sync by closing, async by breaking out, by cancelling the task; nothing runs afterwards."""
     long: dict[str, Any] = {"model": "small", "prompt": "x", "max_tokens": 3000, "extra_body": {"ignore_eos": True}}
