@@ -31,7 +31,7 @@ from puna.cli.load_report import LoadReport
 MARK, END = "<!-- measured: benchmarks/server_peers.py writes from here -->", "<!-- to here -->"
 GGUF_TYPE = "Q8_0"
 # Of each shape: tokens of a prompt, tokens of an answer, and how often each client asks in a round.
-LOADS = {"smollm2-135m": (128, 64, 3), "llama-3.2-1b": (32, 32, 1)}
+LOADS = {"smollm2-135m": (64, 32, 2), "llama-3.2-1b": (32, 32, 1)}
 LATENCIES = ("ttft", "itl", "e2el")
 
 
@@ -74,7 +74,7 @@ class Benchmark:
         inputs, outputs, times = LOADS[shape]
         vocab_size = SHAPES[shape].vocab_size
         for server in servers:  # what happens once, such as steps of this size
-            server.run(closed_load("bench", clients, clients, inputs, 4, seed=-1), vocab_size)
+            server.run(closed_load("bench", clients, clients, 4, 4, seed=-1), vocab_size)
         rounds: dict[str, list[dict[str, float]]] = {server.name: [] for server in servers}
         for turn in range(self.arguments.rounds):
             load = closed_load("bench", clients, times * max(clients, 2), inputs, outputs, seed=turn, warmup=0)
