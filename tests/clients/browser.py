@@ -21,7 +21,7 @@ FLAGS = (
     "--disable-sync",
     "--no-first-run",
 )
-SECONDS = 30  # until something that never comes fails a test
+SECONDS = 60  # until something that never comes fails a test
 OpenPage = Callable[..., AbstractContextManager["ChatPage"]]
 
 
