@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.engine.chat_template import ChatTemplate
@@ -59,6 +59,7 @@ def cut(text: str, places: list[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(TEXTS), st.lists(st.integers(0, 1000), max_size=12))
 def test_the_split_does_not_depend_on_cuts(case: tuple[Reasoning, str, str, str], places: list[int]) -> None:
     marks, text, reasoning, rest = case
@@ -68,6 +69,7 @@ def test_the_split_does_not_depend_on_cuts(case: tuple[Reasoning, str, str, str]
     assert "".join(part for _, part in told) == rest
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([MAYBE, OPENED]),
     st.lists(st.sampled_from(["<think>", "</think>", "<", "th", " ", "\n", "x", "</"])).map("".join),
@@ -84,6 +86,7 @@ def test_any_text_is_split_the_same_whole_and_cut(marks: Reasoning, text: str, p
     assert sum(map(len, ("".join(one) for one in told))) >= sum(not c.isspace() for c in letters)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), max_size=20), st.booleans())
 def test_calls_behind_reasoning(places: list[int], shows: bool) -> None:
     text = '<think>I <tool_call>{"name": "time"</think>\n\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
@@ -254,4 +257,4 @@ def test_requests_bring_templates_only_where_they_are_trusted(thinkers: dict[str
         answer = thinkers[name].http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 400
         assert expected in answer.text
-        assert answer.json()["error"]["param"] == next(iter(fields)) or expected == "sandbox"
+        assert answer.json()["error"]["param"] == next(iter(fields))

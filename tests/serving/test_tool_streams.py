@@ -116,7 +116,7 @@ def check_stream(deltas: list[dict[str, Any]]) -> None:
                 assert call["function"]["arguments"]
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(
     st.sampled_from(["hermes", "mistral", "mistral_args", "llama", "pythonic"]),
     st.lists(st.sampled_from(PIECES), max_size=14).map("".join) | st.sampled_from([m[1] for m in MORE]),

@@ -125,6 +125,7 @@ def create(running: Running, **options: Any) -> Any:
     return running.client.chat.completions.create(model="small", messages=MESSAGES, tools=[TIME, SHORT], **options)
 
 
+BAD_DEFINITIONS = {"type": "function", "function": {"name": "a", "parameters": {"type": "object", "$defs": 5}}}
 SHORT: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -216,6 +217,7 @@ def test_the_results_go_back(tool_server: Running) -> None:
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tools": [TIME, TIME]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [BAD_DEFINITIONS], "tool_choice": "required"}, "$defs"),
         ({"tools": [TIME], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
     ],
 )

@@ -21,7 +21,7 @@ from puna.serving.record import RequestRecord
 from puna.serving.sampling import sampling_params
 from puna.serving.state import ServerState
 from puna.serving.streaming import Chunk, TextChunks
-from puna.serving.tools import Dialect, dialect_of, forcing, offered_tools, parser_for
+from puna.serving.tools import Dialect, dialect_of, forcing, needs_special_tokens, offered_tools, parser_for
 
 
 class Chat:
@@ -57,6 +57,7 @@ class Chat:
             continue_final_message=request.continue_final_message,
             variables=_variables(request, template),
             tools=[tool.model_dump(exclude_none=True) for tool in self._tools] or None,
+            field="messages" if request.chat_template is None else "chat_template",
         )
         if self._state.settings.splits_reasoning:
             self._reasoning = Reasoning.of(template, conversation.text, conversation.continued)
@@ -66,8 +67,9 @@ class Chat:
         request, engine = self._request, self._state.ready_engine()
         marks = None if self._reasoning is None else self._reasoning.marks(self._tokenizer)
         overrides: dict[str, Any] = {}
-        # Marks that are special tokens must show: those of calls, which Hermes alone writes out, and of reasoning.
-        if self._dialect not in (None, "hermes") or (marks is not None and isinstance(marks.end, int)):
+        # Marks that are special tokens must show, of calls and of reasoning.
+        special_marks = marks is not None and isinstance(marks.end, int)
+        if special_marks or needs_special_tokens(self._dialect, self._tokenizer):
             overrides["skip_special_tokens"] = False
         params = sampling_params(
             request,

@@ -163,7 +163,8 @@ class Completion:
         if echoes_only:  # how the token that nobody asked for ended says nothing
             choice |= ending("length", None)
         if logprobs is not None:
-            choice["logprobs"] = logprobs.push(*(((), ()) if echoes_only else (piece.token_ids, piece.logprobs)))
+            count = 0 if echoes_only else len(piece.token_ids)
+            choice["logprobs"] = logprobs.push(piece.token_ids[:count], piece.logprobs[:count])
         if self._request.return_token_ids:
             choice["token_ids"] = [] if echoes_only else list(piece.token_ids)
         return choice

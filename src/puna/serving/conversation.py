@@ -49,8 +49,12 @@ async def encode_conversation(
     continue_final_message: bool | None,
     variables: dict[str, Any] | None,
     tools: list[dict[str, Any]] | None = None,
+    field: str = "messages",
 ) -> Conversation:
-    """An assistant's last message is not over where it is to be continued. Raises ApiError."""
+    """An assistant's last message is not over where it is to be continued.
+
+    Raises ApiError; for what the template refuses it names `field`.
+    """
     continues = continue_final_message is True
     if continues and add_generation_prompt:
         raise bad_request(
@@ -69,4 +73,4 @@ async def encode_conversation(
     try:
         return await asyncio.to_thread(encode)
     except ValueError as error:
-        raise bad_request(str(error), "messages") from None
+        raise bad_request(str(error), field) from None

@@ -102,19 +102,16 @@ def _spans(tools: list[Tool], dialect: Dialect | None, tokenizer: Tokenizer) -> 
     if dialect == "mistral_args":
         # Some of its tokenizers have no such mark between name and arguments.
         args = [mark_of(ARGS, tokenizer)] if tokenizer.token_to_id(ARGS) is not None else []
-        bodies = [((tool.function.name, *args), _arguments_schema(tool)) for tool in tools]
-        return GuidedSpans(begin=mark_of(TOOL_CALLS, tokenizer), bodies=bodies)
+        named = [((tool.function.name, *args), _arguments_schema(tool)) for tool in tools]
+        return GuidedSpans(begin=mark_of(TOOL_CALLS, tokenizer), bodies=named)
     calls, definitions = _call_schemas(tools, "parameters" if dialect == "llama" else "arguments")
     body: dict[str, Any] = {"anyOf": calls, **definitions}
     if dialect == "mistral":
         body = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **definitions}
-    none: tuple[Mark, ...] = ()
-    begin, end = {"hermes": (CALL_OPEN, CALL_CLOSE), "mistral": (TOOL_CALLS, None)}.get(str(dialect), (None, None))
-    return GuidedSpans(
-        begin=None if begin is None else mark_of(begin, tokenizer),
-        bodies=[(none, body)],
-        end=None if end is None else mark_of(end, tokenizer),
-    )
+    bodies: list[tuple[tuple[Mark, ...], dict[str, Any]]] = [((), body)]
+    if dialect == "hermes":
+        return GuidedSpans(begin=mark_of(CALL_OPEN, tokenizer), bodies=bodies, end=mark_of(CALL_CLOSE, tokenizer))
+    return GuidedSpans(begin=mark_of(TOOL_CALLS, tokenizer) if dialect == "mistral" else None, bodies=bodies)
 
 
 def _call_schemas(tools: list[Tool], key: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -124,7 +121,10 @@ def _call_schemas(tools: list[Tool], key: str) -> tuple[list[dict[str, Any]], di
     for tool in tools:
         schema = dict(_arguments_schema(tool))
         for where in ("$defs", "definitions"):
-            for name, definition in schema.pop(where, {}).items():
+            shared = schema.pop(where, {})
+            if not isinstance(shared, dict):
+                raise bad_request(f"{where} of the tool {tool.function.name!r} is no object of schemas", "tools")
+            for name, definition in shared.items():
                 if definitions.setdefault(where, {}).setdefault(name, definition) != definition:
                     raise bad_request(f"two of the tools define {name!r} differently: name one otherwise", "tools")
         call = {"name": {"const": tool.function.name}, key: schema}
@@ -134,6 +134,13 @@ def _call_schemas(tools: list[Tool], key: str) -> tuple[list[dict[str, Any]], di
 
 def _arguments_schema(tool: Tool) -> dict[str, Any]:
     return {"type": "object"} if tool.function.strict is False else tool.function.schema_
+
+
+def needs_special_tokens(dialect: Dialect | None, tokenizer: Tokenizer) -> bool:
+    """Whether the marks of calls are special tokens, which then must show in the text."""
+    if dialect == "hermes":
+        return isinstance(mark_of(CALL_OPEN, tokenizer), int)
+    return dialect is not None
 
 
 def parser_for(request: ChatRequest, tools: list[Tool], dialect: Dialect | None) -> ToolParser | None:
