@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
@@ -33,8 +33,9 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and self.scope["http_version"] == "1.1" and self.scope["method"] != "HEAD":
-            # In time: the task that answers begins after this.
-            self.cycle.scope.setdefault("extensions", {})[WRITE_CHUNK] = _chunk_writer(self.cycle)  # type: ignore[typeddict-item]
+            # In time: the task that answers begins after this. uvicorn's types know no extensions of others.
+            scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
+            scope.setdefault("extensions", {})[WRITE_CHUNK] = _chunk_writer(self.cycle)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_timer()  # a request runs: the application has its own limits
         elif self._timer is None:
