@@ -97,7 +97,7 @@ def test_a_dead_worker_is_errors_and_an_exit_code(kind: str, tmp_path: Path) -> 
     for name in ("stream-0", "stream-1"):
         assert name in failure["message"]
         (its_line,) = [line for line in lines if line.get("request_id") == name]
-        assert its_line["error"] == "engine_error"
+        assert (its_line["error"], its_line["finish_reason"]) == ("engine_error", "error")
         assert its_line["generated_tokens"] > 0
     reasons = ["CANARY"] if kind == "step" else ["SystemExit", "has died"]  # within a step, or between two
     assert any(reason in failure["traceback"] for reason in reasons)

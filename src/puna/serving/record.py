@@ -82,8 +82,9 @@ class RequestMeter:
 
     def left(self, index: int) -> None:
         """The client has gone, or another of its prompts has failed, while this one runs."""
-        self._left.add(index)
-        self._record.finish_reasons.append("abort")
+        if self._prompts[index].num_running > 0:  # else it is over, and nobody has read its end
+            self._left.add(index)
+            self._record.finish_reasons.append("abort")
 
     def took(self, index: int, delta: RequestDelta, now: float) -> None:
         prompt, record = self._prompts[index], self._record
@@ -123,6 +124,8 @@ class RequestMeter:
             self._record.error = "engine_error"
             for _ in range(prompt.num_running):
                 self._metrics.ended("error")
+                self._record.finish_reasons.append("error")
+            prompt.num_running = 0
             return
         if any(completion.finish_reason == "abort" for completion in delta.completions):
             return
