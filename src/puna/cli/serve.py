@@ -85,9 +85,9 @@ def serve(
 
     Needs the extra `serve`. Example: puna serve --model demo
     """
+    began = time.perf_counter()
     log = ServerLog(log_format)
     with log.errors():
-        began = time.perf_counter() - _process_seconds()
         keys = _api_keys(api_key, api_key_file, log)
         from puna.cli.sampling import num_bytes
         from puna.cli.session import OpenedModel
@@ -152,15 +152,6 @@ def serve(
                 tracer.close()
         if code:
             raise typer.Exit(code)
-
-
-def _process_seconds() -> float:
-    """How long this process has been there, Python's own start included; 0 where the system does not tell."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (AttributeError, OSError):
-        return 0.0
 
 
 def _api_keys(flag: str | None, file: Path | None, log: ServerLog) -> tuple[str, ...]:
