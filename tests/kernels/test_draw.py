@@ -102,6 +102,10 @@ def test_what_is_ruled_out_or_not_finite(kernels: ModuleType, level: str) -> Non
         assert draw_one([-inf] * 30 + [1.0] + [-inf] * 9, uniform, top_k=5, top_p=np.float64(0.3)) == 30
         for bad in ([nan, 1.0], [inf, 1.0], [-inf, -inf]):
             assert draw_one(bad, uniform) == 0
+    x = torch.tensor([[1.0, -inf, 2.0]])
+    for temperature in (0.0, -1.0, nan, inf):  # no probabilities: never more than a token without meaning
+        found, _ = cpu.draw(x, torch.tensor([temperature]), None, None, None, torch.zeros(1, dtype=torch.float64))
+        assert found.tolist() == [0]
 
 
 def test_wrong_tensors_are_refused() -> None:

@@ -27,9 +27,9 @@ from puna.scheduling.step_plan import NewSequence, SampledToken, TokenLogprobs
 
 __all__ = ["GrammarSource", "Matcher", "SampleOutput", "Sampler", "candidates", "token_logprobs", "validate"]
 
-# Logits that are worked on at a time. Where torch does that on the CPU, two rows of 128k, or eight of 32k: 1 MiB, so that
-# each step finds in the cache what the one before wrote. Measured: 2**19 and more take up to twice as long for top-p,
-# 2**17 no less. The compiled kernels go over one row after another anyway.
+# Logits that are worked on at a time. Where torch does that on the CPU, two rows of 128k, or eight of 32k: 1 MiB, so
+# that each step finds in the cache what the one before wrote. Measured: 2**19 and more take up to twice as long for
+# top-p, 2**17 no less. The compiled kernels go over one row after another anyway.
 CHUNK_ELEMENTS_ON_CPU: Final = 1 << 18
 CHUNK_ELEMENTS_ELSEWHERE: Final = 1 << 25
 
