@@ -115,7 +115,8 @@ class ChatPage:
         self.page.unroute("**/v1/chat/completions")
 
 
-@pytest.fixture(scope="session")
+# Not of the session: each module that imports this has one of its own, and playwright can't be started twice at once.
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("needs chromium")
