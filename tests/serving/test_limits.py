@@ -113,7 +113,7 @@ def test_which_keys_are_good() -> None:
         (b"Bearer", b""),
         (b"Bearer ", b""),
         (b"Bearer wrong", b""),
-        (b"Bearer righ", b""),
+        (b"Bearer rig", b""),
         (b"Bearer right2", b""),
         (b"Basic right", b""),
         (b"Bearer right,also-right", b""),
