@@ -394,10 +394,10 @@ def test_key(demo: Running, open_page: OpenPage) -> None:  # noqa: F811
     ],
 )
 def test_stream_that_fails(page: ChatPage, end: str, told: str) -> None:
-    page.stub_stream({"content": "Half an ans"}, end=end)
+    page.stub_stream({"content": "Half an answ"}, end=end)
     page.ask("go")
     assert page.answers.locator(".error p").inner_text() == told
-    assert page.contents() == ["go", "Half an ans"]
+    assert page.contents() == ["go", "Half an answ"]
     page.unstub()
     page.stub_stream({"content": "A whole answer"})
     page.button("Try again").click()

@@ -407,9 +407,7 @@ def draw(
             raise ValueError(f"{name} has {len(numbers)} numbers for {rows} rows of logits")
         addresses.append(numbers.data_ptr())
     tokens, highest = _empty((rows,), torch.int64), _empty((rows,), torch.float32)
-    _built().draw(
-        x.data_ptr(), *addresses, tokens.data_ptr(), highest.data_ptr(), rows, size, max(x.stride(0), size)
-    )
+    _built().draw(x.data_ptr(), *addresses, tokens.data_ptr(), highest.data_ptr(), rows, size, max(x.stride(0), size))
     return tokens, highest
 
 

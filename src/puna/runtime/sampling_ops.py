@@ -112,8 +112,9 @@ def draw(logits: Tensor, shaping: Shaping, uniform: Tensor) -> tuple[Tensor, Ten
     keeps those with the lowest ids.
     """
     if logits.device.type == "cpu" and cpu.compiled() and shaping.typical_p is None:
-        columns = (None if c is None else c.squeeze(1) for c in (shaping.top_k, shaping.top_p, shaping.min_p))
-        return cpu.draw(logits, shaping.temperature.squeeze(1), *columns, uniform)
+        optional = (shaping.top_k, shaping.top_p, shaping.min_p)
+        top_k, top_p, min_p = (None if column is None else column.squeeze(1) for column in optional)
+        return cpu.draw(logits, shaping.temperature.squeeze(1), top_k, top_p, min_p, uniform)
     ids: Tensor | None = None
     if shaping.is_narrow and shaping.top_k is not None:
         logits, ids = _narrow(logits, shaping.top_k, shaping.highest_top_k)
