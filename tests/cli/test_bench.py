@@ -37,7 +37,7 @@ def config_file(tmp_path: Path) -> Path:
 
 def test_json_of_a_random_model(puna: Run, config_file: Path) -> None:
     words = ("--prompt-tokens", 24, "--new-tokens", 8, "--batch", "1,3", "--repeat", 2, "--threads", 1, "--json")
-    done = puna("bench", "--random", config_file, *words)
+    done = puna("bench", "--random", config_file, "--kv-cache-dtype", "int8", *words)
     assert (done.code, done.err) == (0, "")
     found = json.loads(done.out)
     assert [one["batch"] for one in found["results"]] == [1, 3]
@@ -64,6 +64,7 @@ def test_json_of_a_random_model(puna: Run, config_file: Path) -> None:
         found["limit"]
     )
     assert (found["dtype"], found["quantization"], found["model"]) == ("float32", None, None)
+    assert found["kv_cache_dtype"] == "int8"
 
 
 def test_table_and_plot_of_a_model(puna: Run, random_model: Any, tmp_path: Path) -> None:

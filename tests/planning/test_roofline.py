@@ -38,6 +38,12 @@ def test_decode_by_hand() -> None:
     assert work.operations == {"bfloat16": 2 * 3 * (LAYERS + HEAD) + attention}
 
 
+def test_an_int8_cache_has_a_scale_beside_each_head() -> None:
+    plain, small = (decode_work(SMALL, 0, batch=3, context=10, kv_cache_dtype=kind) for kind in ("auto", "int8"))
+    assert plain.bytes_read == pytest.approx(3 * 10 * (2 * 2 * 2 * 8) * 2)
+    assert small.bytes_read == pytest.approx(3 * 10 * (2 * 2 * 2) * (8 + 4))
+
+
 def test_prefill_by_hand() -> None:
     work = prefill_work(SMALL, dense_bytes(SMALL), batch=2, prompt_tokens=5)
     attention = 2 * 2 * (1 + 2 + 3 + 4 + 5) * 4 * 4 * 8

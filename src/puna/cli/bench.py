@@ -15,7 +15,7 @@ import typer.core
 
 from puna.cli.bench_serve import bench_serve
 from puna.cli.display import check_plot, print_table, progress_bar, write
-from puna.cli.options import DtypeName, Quantization
+from puna.cli.options import CacheDtypeName, DtypeName, Quantization
 
 if TYPE_CHECKING:
     from puna.cli.bench_run import Report
@@ -71,6 +71,9 @@ def bench_model(
     quantization: Annotated[
         Quantization | None, typer.Option(help="Format of the weights; as they are stored if not given.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        CacheDtypeName, typer.Option(help="Number type of keys and values; auto is the model's.")
+    ] = CacheDtypeName.auto,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; what this process may use if not given.")
     ] = None,
@@ -116,6 +119,7 @@ def bench_model(
         batches=batches,
         repeat=repeat,
         threads=torch.get_num_threads(),
+        kv_cache_dtype=kv_cache_dtype.value,
     )
     with progress_bar("runs") as on_progress:
         report = measure(checkpoint, config.dtype, asked, tokenizer, settings, on_progress)
@@ -131,6 +135,7 @@ def bench_model(
             "random": random,
             "dtype": config.dtype,
             "quantization": quantization.value if quantization else None,
+            "kv_cache_dtype": kv_cache_dtype.value,
         }
         write(json.dumps({**what, **_fields(report)}, ensure_ascii=False) + "\n")
         return

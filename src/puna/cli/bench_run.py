@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from puna.checkpoints import Checkpoint
-from puna.config import EngineConfig, LLaMAConfig
+from puna.config import CacheDtype, EngineConfig, LLaMAConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import RequestDelta
 from puna.engine.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ class Settings:
     batches: tuple[int, ...]
     repeat: int
     threads: int
+    kv_cache_dtype: CacheDtype = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ def measure(
         max_num_seqs=max(settings.batches),
         max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
         enable_prefix_caching=False,
+        kv_cache_dtype=settings.kv_cache_dtype,
     )
     for batch in settings.batches:
         _check_steps(batch, settings)
@@ -177,7 +179,7 @@ def _result(
     def decode(times: BatchTimes) -> Work:
         # The cache grows by a token a step: the mean is that of the step in the middle of those counted.
         last = prompt + settings.new_tokens - 1
-        return decode_work(config, weights, batch, last - times.decode_steps // 2)
+        return decode_work(config, weights, batch, last - times.decode_steps // 2, settings.kv_cache_dtype)
 
     return Result(
         batch=batch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from puna.config import LLaMAConfig
+from puna.config import CacheDtype, LLaMAConfig
 from puna.planning.memory import ParameterCounts, key_value_bytes_per_token, parameter_counts
 
 # Weights of fewer bytes than this are codes, which are multiplied as 8-bit integers; floats have two or four.
@@ -53,14 +53,16 @@ def prefill_work(config: LLaMAConfig, weights: int, batch: int, prompt_tokens: i
     )
 
 
-def decode_work(config: LLaMAConfig, weights: int, batch: int, context: int) -> Work:
+def decode_work(
+    config: LLaMAConfig, weights: int, batch: int, context: int, kv_cache_dtype: CacheDtype = "auto"
+) -> Work:
     """One step of `batch` sequences, each with `context` tokens in the cache once the step's own is in it."""
     pairs = batch * _seen(config, context)
     return _work(
         config,
         weights,
         bytes_read=_bytes_of_weights(config, weights, batch)
-        + pairs / config.num_layers * key_value_bytes_per_token(config),
+        + pairs / config.num_layers * key_value_bytes_per_token(config, kv_cache_dtype),
         linear=2.0 * batch * _multiplied(config, parameter_counts(config)),
         pairs=pairs,
     )
