@@ -100,17 +100,18 @@ def test_text_appears_while_it_is_written(page: ChatPage, slow: None) -> None:
 
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_keeps_what_there_is_and_ends_the_request(page: ChatPage, demo: Running, slow: None, how: str) -> None:
-    set_sampling(page, max_tokens=40)
+    set_sampling(page, max_tokens=400)
     page.send(START)
-    playwright.expect(page.answers.locator(".stats")).to_contain_text("3 tokens")
+    playwright.expect(page.answers.locator(".stats")).to_contain_text(re.compile(r"\d tokens"))
     page.button("Stop").click() if how == "button" else page.page.keyboard.press("Escape")
     page.wait_until_answered()
     demo.wait_until_idle()
     assert page.answers.locator(".note").inner_text() == "Stopped."
     (message,) = page.stored()[0]["messages"][1:]
-    assert 3 <= message["stats"]["tokens"] < 20
+    assert 1 <= message["stats"]["tokens"] < 400
     assert message["content"]
     playwright.expect(page.box).to_be_focused()
+    set_sampling(page)
     page.ask("And then")
     assert len(page.contents()) == 4
 
@@ -281,9 +282,22 @@ def test_text_mode_of_a_model_without_a_chat_template(open_page: OpenPage, tmp_p
 # Trouble -------------------------------------------------------------------------------------------------------------
 
 
+# `puna serve` with a token every 50 milliseconds.
+SLOW_SERVE = """
+import sys, time
+from puna.cli import main
+from puna.runtime.model_runner import ModelRunner
+
+execute = ModelRunner.execute
+ModelRunner.execute = lambda *arguments: (time.sleep(0.05), execute(*arguments))[1]
+sys.argv[0] = "puna"
+main()
+"""
+
+
 @pytest.fixture
 def process() -> Iterator[Any]:
-    """Starts `puna serve` as a process of its own, on one port."""
+    """Starts `puna serve`, slowed down, as a process of its own, on one port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     running: list[subprocess.Popen[bytes]] = []
@@ -291,7 +305,7 @@ def process() -> Iterator[Any]:
     def start() -> subprocess.Popen[bytes]:
         source = str(Path(puna.__file__).parent.parent)
         environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "puna", "serve", "--model", "demo", "--port", str(port)]
+        command = [sys.executable, "-c", SLOW_SERVE, "serve", "--model", "demo", "--port", str(port)]
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
         end = time.monotonic() + 60
         while time.monotonic() < end:
@@ -464,7 +478,7 @@ def test_two_answers_at_once(page: ChatPage, slow: None) -> None:
 
 def test_reload_in_the_middle_keeps_the_text(page: ChatPage, demo: Running, slow: None) -> None:
     page.send(START)
-    playwright.expect(page.answers.locator(".stats")).to_contain_text("5 tokens")
+    playwright.expect(page.answers.locator(".stats")).to_contain_text(re.compile(r"\d tokens"))
     page.page.reload()
     demo.wait_until_idle()  # the server noticed
     assert page.answers.locator(".content:not(.reasoning *)").inner_text().strip()
@@ -721,7 +735,9 @@ CONTRASTS = """() => {
 @pytest.mark.parametrize("by", ["system", "toggle"])
 def test_contrast(demo: Running, open_page: OpenPage, scheme: str, by: str) -> None:  # noqa: F811
     other = {"light": "dark", "dark": "light"}[scheme]
-    with open_page(demo.url, color_scheme=scheme if by == "system" else other) as chat:
+    # Without transitions: a colour on its way to another is neither.
+    scheme_of_system = scheme if by == "system" else other
+    with open_page(demo.url, color_scheme=scheme_of_system, reduced_motion="reduce") as chat:
         chat.wait_until_ready()
         if by == "toggle":
             while chat.page.locator("#theme").get_attribute("aria-label") != f"Theme: {scheme}":
