@@ -119,7 +119,7 @@ Failure Pool::run(const Task* tasks, std::size_t count, std::int64_t* ends) {
     shared_ = aligned(scratch_.get());
   }
   failure_ = 0;
-  if (count == 1 && tasks->serial) {  // nobody else need know
+  if (count == 1 && tasks->serial && !ends) {  // nobody else need know
     run_alone(*tasks);
     return static_cast<Failure>(failure_.load());
   }
