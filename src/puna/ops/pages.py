@@ -19,7 +19,7 @@ _WORTH_LARGE_PAGES: Final = 1 << 25
 def zero_pages(size: int) -> Tensor:
     """uint8 [size] of zeros on the CPU, on a boundary of 4 KiB at least.
 
-    In large pages (2 MiB, where Linux has them to give) memory is read faster, decoding by some 9 %: the processor looks
+    In large pages (2 MiB, where Linux has them to give) memory is read faster, decoding some 9 %: the processor looks
     up one address instead of 512. They come into being whole, so small sizes get small pages.
     """
     is_large = size >= _WORTH_LARGE_PAGES and sys.platform == "linux"
