@@ -218,16 +218,73 @@ def test_a_running_request_outlasts_the_timer_of_heads(quick: tuple[str, int]) -
 )
 def test_heads_that_are_too_large_or_none(quick: tuple[str, int], head: bytes) -> None:
     with contextlib.suppress(ConnectionResetError):  # closed while the rest was on its way
-        assert exchange(quick[1], head).startswith(b"HTTP/1.1 4")
+        assert parsed(exchange(quick[1], head))[0] == (431 if len(head) > 32 * 1024 else 400)
     assert httpx.get(f"{quick[0]}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        (b"nonsense\r\n\r\n", "illegal request line"),
+        (b"GET /health HTTP/1.1\r\n\r\n", "Host"),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\nno header\r\n\r\n", "illegal header line"),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n", "Content-Length"),
+        (b"GET /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", "Transfer-Encoding"),
+    ],
+)
+def test_what_is_no_http_gets_an_error_of_the_usual_shape(quick: tuple[str, int], sent: bytes, says: str) -> None:
+    answer = exchange(quick[1], sent)
+    head = answer.partition(b"\r\n\r\n")[0].lower().split(b"\r\n")
+    status, error = parsed(answer)
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", None)
+    assert says in error["message"]
+    assert b"content-type: application/json" in head
+    assert b"connection: close" in head
+    assert any(re.fullmatch(rb"x-request-id: [0-9a-f]{32}", line) for line in head)
+
+
+def test_a_body_that_is_no_http_gets_its_own_requests_id(
+    quick: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = exchange(quick[1], f"{HEAD}x-request-id: me\r\ntransfer-encoding: chunked\r\n\r\nnone\r\n".encode())
+    assert parsed(answer)[0] == 400
+    assert b"x-request-id: me\r\n" in answer.lower()
+    assert any("request me refused with 400" in record.getMessage() for record in caplog.records)
+
+
+def test_what_follows_a_good_request_and_is_no_http(quick: tuple[str, int]) -> None:
+    """The good one has its answer before, on the same connection."""
+    with socket.create_connection(("127.0.0.1", quick[1]), timeout=10) as it:
+        it.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-request-id: good\r\n\r\n" + b"nonsense\r\n\r\n")
+        found = b""
+        while part := it.recv(65536):
+            found += part
+    good, bad = found.split(b"HTTP/1.1 ")[1:]
+    assert good.startswith(b"200 ")
+    assert bad.startswith(b"400 ")
+    assert b"x-request-id: good\r\n" in good
+    assert b"x-request-id: good" not in bad
+
+
+def test_what_a_log_tells_of_a_broken_head_has_no_key(quick: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
+    answer = exchange(quick[1], b"GET /health HTTP/1.1\r\nhost: x\r\nauthorization: Bearer my-secret\x00\r\n\r\n")
+    assert parsed(answer)[0] == 400
+    assert "my-secret" not in caplog.text
 
 
 def test_more_connections_than_descriptors_allow_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("puna.serving.server.resource.getrlimit", lambda which: (67, 67))
-    with life(folder) as (url, port):
+    with life(folder) as (url, port), httpx.Client(base_url=url) as first:
+        assert first.get("/health").status_code == 200
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
         time.sleep(0.1)
-        assert httpx.get(f"{url}/health").status_code == 503
+        refused = httpx.get(f"{url}/health", headers={"x-request-id": "me"})
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "too_many_connections"
+        assert refused.headers["x-request-id"] == "me"
+        assert refused.headers["connection"] == "close"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert first.get("/health").status_code == 200  # it was there before
         for one in idle:
             one.close()
         end = time.monotonic() + 10

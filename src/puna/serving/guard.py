@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import uuid
 from collections.abc import Collection
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from puna.serving.connection import CROWDED
 from puna.serving.errors import ApiError
 from puna.serving.generation import engine_error
-from puna.serving.record import RequestRecord
+from puna.serving.record import RequestRecord, request_id
 from puna.serving.state import ServerState, is_authorized
 
 _log = logging.getLogger(__name__)
-_REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 GONE: Final = 499  # nginx's status for a client that left; nobody sees it but the log
 
 
@@ -38,8 +36,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        record = RequestRecord(request_id=given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        record = RequestRecord(request_id=request_id(headers))
         scope.setdefault("state", {})["record"] = record
         status = 0
 
@@ -66,6 +63,10 @@ class Guard:
             self._tell(scope, status or GONE, record)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if CROWDED in scope["state"]:
+            crowded = ApiError(503, "too many connections are open", code="too_many_connections", retry_after=1)
+            crowded.headers = {"connection": "close"}
+            raise crowded
         keys = self._state.settings.api_keys
         header = headers.get(b"authorization", b"")
         other = headers.get(b"x-api-key", b"")

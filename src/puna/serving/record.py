@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from puna.engine.outputs import RequestDelta, RequestStart
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.sequence import FinishReason
 from puna.serving.metrics import FinishedRequest, Metrics
+
+_REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+def request_id(headers: Mapping[bytes, bytes]) -> str:
+    """The client's own, where it is one that a log can have, or a new one. Names are in lower case."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 @dataclass(slots=True, kw_only=True)

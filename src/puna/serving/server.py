@@ -22,13 +22,12 @@ from puna.engine.engine import Engine
 from puna.engine.outputs import RequestDelta
 from puna.scheduling.sampling_params import SamplingParams
 from puna.serving.app import make_app
-from puna.serving.connection import Connection
+from puna.serving.connection import MAX_HEAD_BYTES, Connection
 from puna.serving.state import ServerSettings, ServerState
 
 _log = logging.getLogger(__name__)
 _GRACE: Final = 5.0  # seconds between the engine's end and the connections'
 _IDLE_TIMEOUT: Final = 75  # seconds; more than the 60 that proxies keep a connection for, or they would find it closed
-_MAX_HEAD_BYTES: Final = 32 * 1024  # of a request's line and headers
 _SPARE_FILES: Final = 64  # descriptors that are not connections
 _WARM_UP_PROMPT: Final = 8  # tokens: too few to fill a block, so that nothing of it stays in the cache
 
@@ -155,7 +154,7 @@ class ServerLife:
             lifespan="off",
             timeout_keep_alive=_IDLE_TIMEOUT,
             timeout_graceful_shutdown=int(self._listen.shutdown_timeout + _GRACE),
-            h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             # Connections above it are answered with 503: without descriptors left they could not even be taken.
             limit_concurrency=None if files == resource.RLIM_INFINITY else max(1, files - _SPARE_FILES),
         )
