@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports triton: without an NVIDIA driver its kernels run in its interpreter, on the CPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Before anything imports torch, so that tests without torch need not; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -24,6 +24,7 @@ class LLaMAConfig:
     `sliding_window` is in tokens, a token sees itself and `sliding_window - 1` before it; `sliding_window_layers` names
     the layers that have it (None: all). `attn_bias` is the bias of q, k and v, `attn_output_bias` that of the output
     projection. `quant` names a weight format of `puna.quantization`. `logits_dtype` is what `forward` returns.
+    `deterministic`: a token's logits must not depend on what is computed together with it, also where that costs time.
 
     Raises ValueError for values that no model can have.
     """
@@ -53,6 +54,7 @@ class LLaMAConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     quant: str = "none"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         positive = ("num_layers", "num_heads", "num_kv_heads", "head_size", "hidden_size", "mlp_hidden_size")
@@ -161,8 +163,8 @@ class LLaMAConfig:
     def to_hugging_face(self) -> dict[str, Any]:
         """The fields of a `config.json` that `from_hugging_face`, and transformers, read back to the same model.
 
-        `logits_dtype` and `quant` have no place there. Raises ValueError where this architecture's config.json can't
-        say what this config does, such as q/k norms in a LlamaForCausalLM.
+        `logits_dtype`, `quant` and `deterministic` have no place there. Raises ValueError where this architecture's
+        config.json can't say what this config does, such as q/k norms in a LlamaForCausalLM.
         """
         family = FAMILIES[self.architecture]
         scaling = None if self.rotary_scaling is None else self.rotary_scaling.to_hugging_face()
@@ -205,7 +207,7 @@ class LLaMAConfig:
         return fields
 
     def _require_same(self, read_back: LLaMAConfig) -> None:
-        unsaid = ("logits_dtype", "quant", "sliding_window", "sliding_window_layers")
+        unsaid = ("logits_dtype", "quant", "deterministic", "sliding_window", "sliding_window_layers")
         names = [field.name for field in dataclasses.fields(self) if field.name not in unsaid]
         pairs = {name: (getattr(self, name), getattr(read_back, name)) for name in names}
         layers = range(self.num_layers)

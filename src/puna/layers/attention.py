@@ -62,10 +62,9 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = self._angles(position_ids, attention_params)
-        query, key = self.ops.rotary(query, cos, sin), self.ops.rotary(key, cos, sin)
-
         if attention_params is not None:
-            return self.dense(self._packed(query, key, value, kv_cache_params, attention_params)), None
+            return self.dense(self._packed(query, key, value, (cos, sin), kv_cache_params, attention_params)), None
+        query, key = self.ops.rotary(query, cos, sin), self.ops.rotary(key, cos, sin)
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         if kv_cache_params is not None and kv_cache_params.past_key_value is not None:
             past_key, past_value = kv_cache_params.past_key_value[self.local_layer_idx]
@@ -78,16 +77,22 @@ class Attention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
         kv_cache_params: KeyValueCacheParams | None,
         params: AttentionParams,
     ) -> Tensor:
-        """Stores key and value [T, K, D] in the pool and attends from query [T, H, D] to it -> [T, H * D]."""
+        """Rotates query [T, H, D] and key [T, K, D], stores key and value, and attends to the pool -> [T, H * D]."""
         if kv_cache_params is None or kv_cache_params.key_caches is None or kv_cache_params.value_caches is None:
             raise ValueError("packed tokens need a paged cache: pass kv_cache_params with key_caches and value_caches")
         key_cache = kv_cache_params.key_caches[self.local_layer_idx]
         value_cache = kv_cache_params.value_caches[self.local_layer_idx]
         tables = params.cache_tables[self.window_idx]
-        self.ops.store_kv(key, value, key_cache, value_cache, tables.slot_mapping)
+        query, key = self.ops.rotate_and_store(query, key, value, cos_sin, key_cache, value_cache, tables.slot_mapping)
+        if params.prompt_lengths is not None:
+            context = self.ops.prompt_attention(
+                query, key, value, params.prompt_lengths, self.scale, self.sliding_window
+            )
+            return context.flatten(1)
         context = self.ops.paged_attention(
             query,
             key_cache,

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
-from puna.layers.pieces import Piece, PiecewiseModule, op_table, torch_dtype
-from puna.quantization import GroupQuantized, WeightFormat, weight_format
+from puna.layers.pieces import Piece, PiecewiseModule, layer_format, op_table, torch_dtype
+from puna.quantization import GroupQuantized, WeightFormat
 
 
 class Embedding(PiecewiseModule):
@@ -21,12 +21,12 @@ class Embedding(PiecewiseModule):
         self.first = self.rows * comm.mapping.tp_rank
         self.dtype = torch_dtype(config.dtype)
         self.ops = op_table(config, comm)
-        self.comm = comm
+        self.config, self.comm = config, comm
         self.format: WeightFormat
         self._store_as(config.quant)
 
     def _store_as(self, format_name: str) -> None:
-        self.format = weight_format(format_name, self.dtype, self.rows, self.hidden_size)
+        self.format = layer_format(format_name, self.rows, self.hidden_size, self.config, self.comm)
         for name, parameter in self.format.create_parameters().items():
             self.register_parameter(name, parameter)
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.embedding import Embedding
-from puna.layers.pieces import Piece, PiecewiseModule, op_table, parameter_piece, torch_dtype
+from puna.layers.pieces import Piece, PiecewiseModule, layer_format, op_table, parameter_piece, torch_dtype
 from puna.mapping import Mapping
 from puna.ops.panels import Panels
-from puna.quantization import GroupQuantized, WeightFormat, weight_format
+from puna.ops.scaled import InputScaling, ScaledRows
+from puna.quantization import GroupQuantized, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Linear(PiecewiseModule):
         super().__init__()
         self.outputs, self.inputs = sum(sizes), inputs
         self.local_sizes = sizes
-        self.comm = comm
+        self.config, self.comm = config, comm
         self.ops = op_table(config, comm)
         self.dtype = torch_dtype(config.dtype)
         self._format_names = [config.quant] * len(sizes)
@@ -95,7 +96,7 @@ class _Linear(PiecewiseModule):
                 runs.append((slice(ends[-2], ends[-1]), name))
         parts = []
         for i, (rows, name) in enumerate(runs):
-            form = weight_format(name, self.dtype, rows.stop - rows.start, self.inputs)
+            form = layer_format(name, rows.stop - rows.start, self.inputs, self.config, self.comm)
             suffix = f"_{i}" if len(runs) > 1 else ""
             created = form.create_parameters()
             for own, parameter in created.items():
@@ -112,7 +113,12 @@ class _Linear(PiecewiseModule):
             return None
         return self.parts[0].format.panels(self._weights(self.parts[0]))
 
-    def _multiply(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
+    @property
+    def input_scaling(self) -> InputScaling | None:
+        """How inputs may come rounded, which saves a pass over them: as the weight's format would round them itself."""
+        return self.parts[0].format.input_scaling(self._weights(self.parts[0])) if len(self.parts) == 1 else None
+
+    def _multiply(self, x: Tensor | ScaledRows, bias: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The outputs of each part, in the model's dtype if no other is asked for."""
         return [
             part.format.linear(
@@ -178,7 +184,7 @@ class ColumnLinear(_Linear):
         self.segments = segments
         self.gather_output = gather_output
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, x: Tensor | ScaledRows, dtype: torch.dtype | None = None) -> Tensor:
         """`dtype` is the result's, None for the model's."""
         outputs = self._multiply(x, self.bias, dtype)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -186,7 +192,7 @@ class ColumnLinear(_Linear):
             return y
         return self.comm.all_gather(y)[..., : sum(segment.units * segment.unit_size for segment in self.segments)]
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+    def split(self, x: Tensor | ScaledRows) -> tuple[Tensor, ...]:
         """This rank's outputs of each segment, [..., its size] each, as views where they are computed together."""
         outputs = iter(self._multiply(x, self.bias))
         found: list[Tensor] = []
@@ -197,8 +203,12 @@ class ColumnLinear(_Linear):
             found.extend(torch.split(next(outputs), sizes, dim=-1))
         return tuple(found)
 
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """activation(gate) * up of a layer of two segments, gate and up."""
+    def gated(
+        self, x: Tensor | ScaledRows, activation: str, scaling: InputScaling | None = None
+    ) -> Tensor | ScaledRows:
+        """activation(gate) * up of a layer of two segments, gate and up; with `scaling`, rounded for the next layer."""
+        if scaling is not None:
+            return self.ops.gated_activation_scaled(self(x), activation, scaling)
         if len(self.parts) > 1:
             return self.ops.gated_activation(self(x), activation)
         part = self.parts[0]
@@ -262,7 +272,7 @@ class RowLinear(_Linear):
         self.in_features = in_features
         self.reduce_output = reduce_output
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ScaledRows) -> Tensor:
         bias = self.bias if self.comm.mapping.tp_rank == 0 else None
         (y,) = self._multiply(x, bias)
         return self.comm.all_reduce(y) if self.reduce_output else y

@@ -7,9 +7,19 @@ from torch import Tensor, nn
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.linear import ColumnLinear, RowLinear, Segment
+from puna.ops.scaled import InputScaling, ScaledRows
 
 
-class GatedMLP(nn.Module):
+class FeedForward(nn.Module):
+    """What a layer has after its attention: x [..., hidden_size] -> [..., hidden_size]."""
+
+    @property
+    def input_scaling(self) -> InputScaling | None:
+        """How inputs may come rounded; None where only tensors do."""
+        return None
+
+
+class GatedMLP(FeedForward):
     """x [..., hidden_size] -> [..., hidden_size]; with `reduce_output` off, this rank's share of the sum."""
 
     def __init__(self, config: LLaMAConfig, comm: Communicator, reduce_output: bool = True) -> None:
@@ -19,6 +29,10 @@ class GatedMLP(nn.Module):
         self.proj = RowLinear(inner, hidden, bias, config, comm, reduce_output)
         self.activation = config.hidden_act
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.proj(self.gate_up.gated(x, self.activation))
+    @property
+    def input_scaling(self) -> InputScaling | None:
+        return self.gate_up.input_scaling
+
+    def forward(self, x: Tensor | ScaledRows) -> Tensor:
+        y: Tensor = self.proj(self.gate_up.gated(x, self.activation, self.proj.input_scaling))
         return y

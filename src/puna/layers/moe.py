@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
-from puna.layers.mlp import GatedMLP
-from puna.layers.pieces import Piece, PiecewiseModule, op_table, torch_dtype
+from puna.layers.mlp import FeedForward, GatedMLP
+from puna.layers.pieces import Piece, PiecewiseModule, layer_format, op_table, torch_dtype
 from puna.ops.panels import LANES, Panels
-from puna.quantization import weight_format
 
 
 class Router(PiecewiseModule):
@@ -23,7 +22,7 @@ class Router(PiecewiseModule):
         super().__init__()
         self.dtype = torch_dtype(config.dtype)
         name = "none" if config.quant == "none" else "panels"
-        self.format = weight_format(name, self.dtype, config.num_experts, config.hidden_size)
+        self.format = layer_format(name, config.num_experts, config.hidden_size, config, comm)
         for own, parameter in self.format.create_parameters().items():
             self.register_parameter(own, parameter)
         self.ops = op_table(config, comm)
@@ -47,7 +46,7 @@ class Router(PiecewiseModule):
         ]
 
 
-class MoE(nn.Module):
+class MoE(FeedForward):
     """x [..., hidden_size] -> [..., hidden_size]: the weighted sum of the chosen experts (Mixtral, Jiang et al., 2024).
 
     Every rank holds a slice of every expert, so that the work is even whatever the router picks.

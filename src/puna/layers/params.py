@@ -30,6 +30,8 @@ class AttentionParams:
     cache_tables: one for each of `LLaMAConfig.windows`, nearly always a single one.
     rotary_lengths int64 [T]: the length by which dynamic and longrope choose frequencies: the prompt's, or the token's
         position + 1 where it comes after the prompt. So it does not depend on how the prompt was chunked.
+    prompt_lengths: where all tokens of all sequences are in this step (whole prompts, nothing cached before), how many
+        each has, so that devices which know how may attend without the cache; None elsewhere.
     cos_sin: the rotary angles of the tokens, float32 [T, D / 2] each; the model fills them in, once for all its layers.
     """
 
@@ -37,6 +39,7 @@ class AttentionParams:
     sequence_lengths: Tensor
     cache_tables: tuple[CacheTables, ...]
     rotary_lengths: Tensor
+    prompt_lengths: tuple[int, ...] | None = None
     cos_sin: tuple[Tensor, Tensor] | None = None
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
-from puna.ops import OpSpec, OpTable, table
-from puna.quantization import GroupQuantized
+from puna.ops import OpSpec, OpTable, dense_layout, table
+from puna.quantization import GroupQuantized, WeightFormat, weight_format
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,21 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
+def layer_format(name: str, outputs: int, inputs: int, config: LLaMAConfig, comm: Communicator) -> WeightFormat:
+    """The weight format of that name as this rank's device wants it; see `weight_format`."""
+    return weight_format(name, torch_dtype(config.dtype), outputs, inputs, dense_layout(comm.device))
+
+
 def op_table(config: LLaMAConfig, comm: Communicator) -> OpTable:
     """The ops that a layer of this model calls on this rank's device: differentiable ones where the weights are."""
     differentiable = config.quant == "none"
     dtype, size = torch_dtype(config.dtype), config.head_size
-    return table(OpSpec(device=comm.device, dtype=dtype, head_size=size, differentiable=differentiable))
+    return table(
+        OpSpec(
+            device=comm.device,
+            dtype=dtype,
+            head_size=size,
+            differentiable=differentiable,
+            deterministic=config.deterministic,
+        )
+    )

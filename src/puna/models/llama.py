@@ -15,7 +15,7 @@ from puna.distributed import Communicator, NullCommunicator
 from puna.layers.attention import Attention, Present
 from puna.layers.embedding import Embedding
 from puna.layers.linear import ColumnLinear, Segment
-from puna.layers.mlp import GatedMLP
+from puna.layers.mlp import FeedForward, GatedMLP
 from puna.layers.norm import RmsNorm
 from puna.layers.params import AttentionParams, KeyValueCacheParams
 from puna.layers.pieces import Piece, PiecewiseModule, op_table, torch_dtype
@@ -44,7 +44,7 @@ class LLaMADecoderLayer(nn.Module):
         self.mlp = self.build_mlp(config, comm)
         self.ops = op_table(config, comm)
 
-    def build_mlp(self, config: LLaMAConfig, comm: Communicator) -> nn.Module:
+    def build_mlp(self, config: LLaMAConfig, comm: Communicator) -> FeedForward:
         """The feed-forward part; a family with another kind overrides this."""
         return GatedMLP(config, comm)
 
@@ -57,10 +57,9 @@ class LLaMADecoderLayer(nn.Module):
         kv_cache_params: KeyValueCacheParams | None = None,
         attention_params: AttentionParams | None = None,
     ) -> Tensor | tuple[Tensor, Present]:
-        attended, present = self.attention(
-            self.input_layernorm(hidden_states), position_ids, attention_mask, kv_cache_params, attention_params
-        )
-        hidden_states, normalized = self.post_layernorm.after_adding(hidden_states, attended)
+        normalized = self.input_layernorm(hidden_states, self.attention.qkv.input_scaling)
+        attended, present = self.attention(normalized, position_ids, attention_mask, kv_cache_params, attention_params)
+        hidden_states, normalized = self.post_layernorm.after_adding(hidden_states, attended, self.mlp.input_scaling)
         hidden_states = self.ops.add(hidden_states, self.mlp(normalized))
         return (hidden_states, present) if use_cache else hidden_states
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import nn
-
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
+from puna.layers.mlp import FeedForward
 from puna.layers.moe import MoE
 from puna.models.llama import LLaMADecoderLayer, LLaMAForCausalLM
 from puna.models.names import LLAMA_NAMES, NameMap
@@ -16,7 +15,7 @@ from puna.models.names import LLAMA_NAMES, NameMap
 class MixtralDecoderLayer(LLaMADecoderLayer):
     """A decoder layer with a mixture of experts in place of the MLP."""
 
-    def build_mlp(self, config: LLaMAConfig, comm: Communicator) -> nn.Module:
+    def build_mlp(self, config: LLaMAConfig, comm: Communicator) -> FeedForward:
         return MoE(config, comm)
 
 

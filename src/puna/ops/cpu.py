@@ -289,6 +289,20 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     )  # fmt: skip
 
 
+def rotate_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: tuple[Tensor, Tensor],
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> tuple[Tensor, Tensor]:
+    query, key = rotary(query, *cos_sin), rotary(key, *cos_sin)
+    store_kv(key, value, key_cache, value_cache, slot_mapping)
+    return query, key
+
+
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.ops.panels import Panels
+from puna.ops.scaled import FP8, FP8_MAX, SCALE_BLOCK, InputScaling, ScaledRows, ScaledWeight
 
 # Elements of keys that paged_attention gathers at a time: 16 MiB in float32, and as much for the values.
 MAX_GATHERED: Final = 1 << 22
@@ -44,6 +45,30 @@ def panel_gated_linear(x: Tensor, panels: Panels, bias: Tensor | None, activatio
     return gated_activation(panel_linear(x, panels, bias, torch.float32), activation).to(x.dtype)
 
 
+def quantize_rows(x: Tensor, scaling: InputScaling) -> ScaledRows:
+    """x [..., E] rounded to e4m3 as `scaling` says: x / scale in float32, to the nearest, ties to even, at most 448."""
+    wide = x.float()
+    if scaling.static is not None:
+        scales = divisor = scaling.static
+    elif scaling.blocks:
+        padded = F.pad(wide, (0, -wide.shape[-1] % SCALE_BLOCK))
+        scales = _fp8_scale(padded.view(*wide.shape[:-1], -1, SCALE_BLOCK).abs().amax(-1))
+        divisor = scales.repeat_interleave(SCALE_BLOCK, dim=-1)[..., : wide.shape[-1]]
+    else:
+        scales = divisor = _fp8_scale(wide.abs().amax(-1, keepdim=True))
+    return ScaledRows((wide / divisor).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales, x.dtype)
+
+
+def _fp8_scale(highest: Tensor) -> Tensor:
+    """The scale that puts the highest absolute value at 448; of zeros any will do that divides."""
+    return highest.clamp(min=1e-12) / FP8_MAX
+
+
+def scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [..., E] @ weight [N, E] transposed, plus bias [N] -> [..., N] in `dtype`; the sums are in float32."""
+    return F.linear(x.dequantize(), weight.dequantize(), None if bias is None else bias.float()).to(dtype)
+
+
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b, of one shape."""
     return a + b
@@ -60,6 +85,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
     """x + residual, and the rms_norm of that sum."""
     total = x + residual
     return total, rms_norm(total, weight, epsilon)
+
+
+def rms_norm_scaled(x: Tensor, weight: Tensor, epsilon: float, scaling: InputScaling) -> ScaledRows:
+    """rms_norm, rounded by quantize_rows."""
+    return quantize_rows(rms_norm(x, weight, epsilon), scaling)
+
+
+def add_rms_norm_scaled(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, scaling: InputScaling
+) -> tuple[Tensor, ScaledRows]:
+    """x + residual, and the rms_norm of that sum, rounded by quantize_rows."""
+    total, normalized = add_rms_norm(x, residual, weight, epsilon)
+    return total, quantize_rows(normalized, scaling)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,6 +123,11 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(gate) * up
     raise ValueError(f"activation is {activation!r}: use silu, gelu, gelu_pytorch_tanh or relu")
+
+
+def gated_activation_scaled(gate_up: Tensor, activation: str, scaling: InputScaling) -> ScaledRows:
+    """gated_activation, rounded by quantize_rows."""
+    return quantize_rows(gated_activation(gate_up, activation), scaling)
 
 
 def attention(
@@ -125,6 +168,39 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     key_cache[blocks, :, offsets] = key.to(key_cache.dtype)
     value_cache[blocks, :, offsets] = value.to(value_cache.dtype)
+
+
+def rotate_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: tuple[Tensor, Tensor],
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """rotary of query [T, H, D] and key [T, K, D], which are returned; store_kv of that key and value [T, K, D].
+
+    Other backends may overwrite query and key with what they return.
+    """
+    query, key = rotary(query, *cos_sin), rotary(key, *cos_sin)
+    store_kv(key, value, key_cache, value_cache, slot_mapping)
+    return query, key
+
+
+def prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, sliding_window: int | None
+) -> Tensor:
+    """Causal attention of whole prompts to themselves: query [T, H, D], key and value [T, K, D], the tokens of one
+    sequence of `lengths` after another -> [T, H, D]."""
+    output = torch.empty_like(query)
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        q, k, v = (part[rows].transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        output[rows] = attention(q, k, v, None, scale, sliding_window).squeeze(0).transpose(0, 1)
+        start += length
+    return output
 
 
 def paged_attention(
@@ -221,10 +297,36 @@ def panel_experts(
     Expert i is proj[i] (panels of [E, F]) of the gated activation of gate_up[i] (panels of [2 F, E]).
     """
     weights, indices = route_experts(router_logits, experts_per_token)
-    total = torch.zeros(x.shape, dtype=torch.float32)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for number, (first, second) in enumerate(zip(gate_up, proj, strict=True)):
         rows, place = torch.where(indices == number)
         if rows.numel():
             inner = panel_gated_linear(x[rows], first, None, activation)
             total.index_add_(0, rows, panel_linear(inner, second, None, torch.float32) * weights[rows, place, None])
     return total.to(x.dtype)
+
+
+def experts(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[Tensor | ScaledWeight],
+    proj: Sequence[Tensor | ScaledWeight],
+    experts_per_token: int,
+    activation: str,
+) -> Tensor:
+    """panel_experts with weights in rows: gate_up[i] is [2 F, E], proj[i] [E, F]; those in FP8 take their inputs
+    rounded by row, or by block where the weight has blocks."""
+    weights, indices = route_experts(router_logits, experts_per_token)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for number, (first, second) in enumerate(zip(gate_up, proj, strict=True)):
+        rows, place = torch.where(indices == number)
+        if rows.numel():
+            inner = gated_activation(_row_linear(x[rows], first), activation)
+            total.index_add_(0, rows, _row_linear(inner, second).float() * weights[rows, place, None])
+    return total.to(x.dtype)
+
+
+def _row_linear(x: Tensor, weight: Tensor | ScaledWeight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return linear(x, weight, None)
+    return scaled_linear(quantize_rows(x, InputScaling(blocks=weight.has_blocks)), weight, None, x.dtype)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from puna.ops import OpTable
 from puna.ops.panels import PANEL_LAYOUT, PanelFormat, Panels
+from puna.ops.scaled import InputScaling, ScaledRows
 from puna.quantization.dense import DenseFormat
+from puna.quantization.fp8 import Fp8Format
 from puna.quantization.groups import GroupQuantized
 from puna.quantization.panels import DensePanels, GroupPanels
 
@@ -56,14 +58,28 @@ class WeightFormat(Protocol):
         """The weight in panels, or None for a format in another layout."""
         ...
 
+    def input_scaling(self, parameters: Mapping[str, Tensor]) -> InputScaling | None:
+        """How inputs may come rounded already, as ScaledRows; None where the format takes only tensors."""
+        ...
+
     def linear(
-        self, ops: OpTable, x: Tensor, parameters: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+        self,
+        ops: OpTable,
+        x: Tensor | ScaledRows,
+        parameters: Mapping[str, Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         """x [..., E] times the transposed weight, plus bias [N] -> [..., N] in `dtype`."""
         ...
 
     def gated_linear(
-        self, ops: OpTable, x: Tensor, parameters: Mapping[str, Tensor], bias: Tensor | None, activation: str
+        self,
+        ops: OpTable,
+        x: Tensor | ScaledRows,
+        parameters: Mapping[str, Tensor],
+        bias: Tensor | None,
+        activation: str,
     ) -> Tensor:
         """activation(gate) * up of a weight whose first N / 2 outputs are gate, the others up -> [..., N / 2]."""
         ...
@@ -110,24 +126,30 @@ _STORED: Final = MappingProxyType(
 QUANTIZATIONS: Final = ("bf16", "int8", "int4")
 
 
-def weight_format(name: str, dtype: torch.dtype, outputs: int, inputs: int) -> WeightFormat:
+def weight_format(
+    name: str, dtype: torch.dtype, outputs: int, inputs: int, layout: Literal["panels", "rows"] = "panels"
+) -> WeightFormat:
     """The format of that name for a weight of a model whose activations have `dtype`.
 
     "none" is the plain matrix in that dtype, the only one with gradients. "panels" is the same numbers in the layout
     of the compiled kernels, and "float32", "bfloat16" (or "bf16") and "float16" another dtype's; "int8" and "int4"
-    are codes in groups of 32 inputs with a scale, "-16" in groups of 16, "-min" with a minimum as well.
+    are codes in groups of 32 inputs with a scale, "-16" in groups of 16, "-min" with a minimum as well. With the layout
+    "rows" (of GPUs) what is not in groups is a plain matrix too, without gradients.
 
     Raises ValueError for any other name.
     """
     if name == "none":
         return DenseFormat(dtype, outputs, inputs)
-    if name in ("panels", "stored"):
+    if name in ("panels", "stored") or name in _DENSE:
+        dtype = _DENSE.get(name, dtype)
+        if layout == "rows":
+            return DenseFormat(dtype, outputs, inputs, trainable=False)
         return DensePanels(dtype, outputs, inputs)
-    if name in _DENSE:
-        return DensePanels(_DENSE[name], outputs, inputs)
     if name in _GROUPS:
         return GroupPanels(name, _GROUPS[name], outputs, inputs)
-    known = ", ".join(("none", "panels", *_DENSE, *_GROUPS))
+    if name in ("fp8", "fp8-static", "fp8-block"):
+        return Fp8Format(name, outputs, inputs, blocks=name == "fp8-block", static=name == "fp8-static")
+    known = ", ".join(("none", "panels", *_DENSE, *_GROUPS, "fp8", "fp8-static", "fp8-block"))
     raise ValueError(f"the weight format {name!r} is not known: use one of {known}")
 
 

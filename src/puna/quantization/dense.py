@@ -1,4 +1,4 @@
-"""DenseFormat: weights as plain float32, bfloat16 or float16 matrices, with gradients."""
+"""DenseFormat: weights as plain float32, bfloat16 or float16 matrices, with gradients or for inference only."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from puna.ops import OpTable
 from puna.ops.panels import Panels
+from puna.ops.scaled import InputScaling, ScaledRows, plain
 from puna.quantization.groups import GroupQuantized
 
 
@@ -24,15 +25,22 @@ def random_matrix(rows: int, columns: int, dtype: torch.dtype) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class DenseFormat:
-    """One parameter, `weight` [N, E], in the model's dtype."""
+    """One parameter, `weight` [N, E], in `dtype`: the model's where it has gradients."""
 
     dtype: torch.dtype
     outputs: int
     inputs: int
-    name = "none"
+    trainable: bool = True
     parameter_names = ("weight",)
 
+    @property
+    def name(self) -> str:
+        return "none" if self.trainable else str(self.dtype).removeprefix("torch.")
+
     def create_parameters(self) -> dict[str, nn.Parameter]:
+        if not self.trainable:
+            empty = torch.empty(self.outputs, self.inputs, dtype=self.dtype)
+            return {"weight": nn.Parameter(empty, requires_grad=False)}
         return {"weight": random_matrix(self.outputs, self.inputs, self.dtype)}
 
     def write(self, parameters: Mapping[str, Tensor], rows: slice, dense: Tensor) -> None:
@@ -45,20 +53,39 @@ class DenseFormat:
     def read(self, parameters: Mapping[str, Tensor], rows: slice) -> Tensor:
         return parameters["weight"].detach()[rows]
 
+    def input_scaling(self, parameters: Mapping[str, Tensor]) -> InputScaling | None:
+        return None
+
     def panels(self, parameters: Mapping[str, Tensor]) -> Panels | None:
         return None
 
     def linear(
-        self, ops: OpTable, x: Tensor, parameters: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+        self,
+        ops: OpTable,
+        x: Tensor | ScaledRows,
+        parameters: Mapping[str, Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        return ops.linear(x, parameters["weight"], bias).to(dtype)
+        return self._multiply(ops, plain(x), parameters["weight"], bias).to(dtype)
 
     def gated_linear(
-        self, ops: OpTable, x: Tensor, parameters: Mapping[str, Tensor], bias: Tensor | None, activation: str
+        self,
+        ops: OpTable,
+        x: Tensor | ScaledRows,
+        parameters: Mapping[str, Tensor],
+        bias: Tensor | None,
+        activation: str,
     ) -> Tensor:
-        return ops.gated_activation(ops.linear(x, parameters["weight"], bias), activation)
+        return ops.gated_activation(self._multiply(ops, plain(x), parameters["weight"], bias).to(x.dtype), activation)
 
     def embedding(
         self, ops: OpTable, token_ids: Tensor, parameters: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
         return ops.embedding(token_ids, parameters["weight"]).to(dtype)
+
+    def _multiply(self, ops: OpTable, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """In the weight's dtype, which is another one than x's where a checkpoint keeps some tensors so."""
+        if x.dtype != self.dtype:
+            x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        return ops.linear(x, weight, bias)

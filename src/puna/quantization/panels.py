@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from puna.ops import OpTable
 from puna.ops.packing import can_round, round_rows
 from puna.ops.panels import BLOCK, PanelFormat, Panels
+from puna.ops.scaled import InputScaling, ScaledRows, plain
 from puna.quantization.groups import GroupQuantized
 from puna.quantization.rounding import round_to_groups
 
@@ -35,6 +36,9 @@ class _PanelFormat(ABC):
     def create_parameters(self) -> dict[str, nn.Parameter]:
         empty = torch.empty(self.form.buffer_shape(self.outputs, self.inputs), dtype=torch.uint8)
         return {"weight": nn.Parameter(empty, requires_grad=False)}
+
+    def input_scaling(self, parameters: Mapping[str, Tensor]) -> InputScaling | None:
+        return None
 
     def panels(self, parameters: Mapping[str, Tensor]) -> Panels:
         return Panels(parameters["weight"].detach(), self.form, self.outputs, self.inputs)
@@ -61,14 +65,24 @@ class _PanelFormat(ABC):
         return self.panels(parameters).dequantize(rows.start, rows.stop - rows.start)
 
     def linear(
-        self, ops: OpTable, x: Tensor, parameters: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+        self,
+        ops: OpTable,
+        x: Tensor | ScaledRows,
+        parameters: Mapping[str, Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        return ops.panel_linear(x, self.panels(parameters), bias, dtype)
+        return ops.panel_linear(plain(x), self.panels(parameters), bias, dtype)
 
     def gated_linear(
-        self, ops: OpTable, x: Tensor, parameters: Mapping[str, Tensor], bias: Tensor | None, activation: str
+        self,
+        ops: OpTable,
+        x: Tensor | ScaledRows,
+        parameters: Mapping[str, Tensor],
+        bias: Tensor | None,
+        activation: str,
     ) -> Tensor:
-        return ops.panel_gated_linear(x, self.panels(parameters), bias, activation)
+        return ops.panel_gated_linear(plain(x), self.panels(parameters), bias, activation)
 
     def embedding(
         self, ops: OpTable, token_ids: Tensor, parameters: Mapping[str, Tensor], dtype: torch.dtype
