@@ -1,9 +1,9 @@
-"""Compiles what launchers launch for an H100 or H200, on a machine without one: no kernel runs, each one's cubin is read.
+"""Compiles what launchers launch for an H100 or H200, on a machine without one: nothing runs, the cubins are read.
 
 Run as a program, in a process of its own, since triton decides when it is imported whether it interprets:
-python sm90.py MODULE.FUNCTION ... calls each function, which calls launchers with CPU tensors of real sizes, and prints a
-JSON line for each kernel that they compiled: name, options, registers, bytes of spills and of shared memory, and how
-often the machine code has the instructions that matter.
+python sm90.py MODULE.FUNCTION ... calls each function, which calls launchers with CPU tensors of real sizes, and prints
+a JSON line for each kernel that they compiled: name, registers, bytes of spills and of shared memory, and how often the
+machine code has the instructions that matter.
 """
 
 from __future__ import annotations
