@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,25 @@ def test_text_logs_have_none_of_it_either() -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ([], {"localhost": 200, "127.0.0.1": 200, "[::1]": 200, socket.gethostname(): 200, "box.example": 403}),
+        (
+            ["--allowed-host", "box.example", "--allowed-host", "Other"],
+            {"box.example": 200, "other": 200, "third": 403},
+        ),
+        (["--allowed-host", "*"], {"box.example": 200}),
+        (["--api-key", "k"], {"box.example": 200}),
+        (["--api-key", "k", "--allowed-host", "other"], {"box.example": 403, "other": 200}),
+    ],
+)
+def test_names_of_the_server(flags: list[str], names: dict[str, int]) -> None:
+    with serving(*flags) as it:
+        for name, status in names.items():
+            assert httpx.get(f"{it.url}/health", headers={"host": f"{name}:80"}).status_code == status, name
+
+
+@pytest.mark.parametrize(
     ("flags", "warns"),
     [
         (["--host", "0.0.0.0"], "everyone who reaches 0.0.0.0 may use this server"),
@@ -166,6 +186,7 @@ def test_warnings(flags: list[str], warns: str | None, tmp_path: Path) -> None:
         (["--api-key-file", os.devnull], "has no key", 2),
         (["--api-key", "two words"], "--api-key has a key with a space", 2),
         (["--api-key", "schlüssel"], "not ASCII", 2),
+        (["--allowed-host", "http://box"], "without scheme and port", 2),
         (["--profile", os.devnull], os.devnull, 2),
         (["--max-body-size", "much"], "--max-body-size", 2),
         (["--max-model-len", "100000"], "100000", 2),

@@ -21,7 +21,7 @@ import pytest
 from puna.engine.engine import Engine
 from puna.serving import connection
 from puna.serving.server import ListenSettings, Loading, Ready, ServerLife
-from puna.serving.state import ServerSettings, is_authorized
+from puna.serving.state import ServerSettings, host_name, is_authorized, is_local_name
 from serving.conftest import Running, Serve
 
 TEXT: dict[str, Any] = {"model": "small", "prompt": "hi", "max_tokens": 1}
@@ -150,6 +150,56 @@ def test_keys_over_http(serve: Serve) -> None:
             assert httpx.get(f"{running.url}{path}").status_code == 401, path
         for path in ("/health", "/ready"):
             assert httpx.get(f"{running.url}{path}").status_code == 200
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("header", "is_good"),
+    [
+        (b"localhost", True),
+        (b"LOCALHOST.:8000", True),
+        (b"app.localhost:8000", True),
+        (b"127.0.0.1:8000", True),
+        (b"192.168.1.20:8000", True),
+        (b"[::1]:8000", True),
+        (b"[fe80::1%25eth0]:8000", True),
+        (b"Box.Example:443", True),
+        (b"box.example", True),
+        (b"evil.example:8000", False),
+        (b"sub.box.example", False),
+        (b"127.0.0.1.evil.example", False),
+        (b"localhost.evil.example", False),
+        (b"evil.example#localhost", False),
+        (b"notlocalhost", False),
+        (b"\xe9vil", False),
+        (b"", False),
+    ],
+)
+def test_which_names_are_local(header: bytes, is_good: bool) -> None:
+    assert is_local_name(host_name(header), {"box.example"}) is is_good
+
+
+def test_a_page_of_a_name_that_points_here_gets_nothing(serve: Serve) -> None:
+    """DNS rebinding: what the browser takes for evil.example is this server."""
+    with serve(allowed_hosts=frozenset({"box.example"})) as running:
+        for path in ("/", "/health", "/v1/models", "/nothing"):
+            refused = httpx.get(f"{running.url}{path}", headers={"host": "evil.example:8000", "x-request-id": "me"})
+            assert refused.status_code == 403, path
+            assert refused.headers["x-request-id"] == "me"
+            error = refused.json()["error"]
+            assert (error["type"], error["code"]) == ("permission_error", "host_not_allowed")
+            assert "'evil.example'" in error["message"]
+            assert "--allowed-host" in error["message"]
+        assert (
+            httpx.post(f"{running.url}/v1/completions", json=TEXT, headers={"host": "evil.example"}).status_code == 403
+        )
+        port = running.url.rpartition(":")[2]
+        for host in ("127.0.0.1", f"localhost:{port}", f"[::1]:{port}", "10.0.0.7:80", "box.example"):
+            assert httpx.get(f"{running.url}/v1/models", headers={"host": host}).status_code == 200, host
+        assert exchange(int(port), b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+        assert running.client.models.list().data[0].id == "small"
 
 
 # ---- bodies

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import secrets
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -49,6 +51,15 @@ def serve(
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keys, one a line.", rich_help_panel=_SERVER)
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name under which clients reach a server without keys (repeat); '*' for all names. IP addresses, "
+            "localhost, HOST and this machine's name always do.",
+            rich_help_panel=_SERVER,
+        ),
     ] = None,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Requests that may wait; more are refused with 429.", rich_help_panel=_SERVER)
@@ -110,6 +121,7 @@ def serve(
             max_body_bytes=num_bytes(max_body_size, "--max-body-size"),
             splits_reasoning=reasoning_parser is ReasoningParser.auto,
             trusts_request_template=trust_request_chat_template,
+            allowed_hosts=_allowed_hosts(host, allowed_host, keys),
         )
         if not keys and not host.startswith(_LOOPBACK):
             log.warn(f"everyone who reaches {host} may use this server: give --api-key-file, or listen on 127.0.0.1")
@@ -152,6 +164,17 @@ def serve(
                 tracer.close()
         if code:
             raise typer.Exit(code)
+
+
+def _allowed_hosts(host: str, flag: list[str] | None, keys: tuple[str, ...]) -> frozenset[str] | None:
+    """None where every name is fine: with keys, which a web page does not have, unless the flag is given, too."""
+    names = frozenset(name.lower().removesuffix(".") for name in flag or ())
+    wrong = next((name for name in names if name != "*" and not re.fullmatch(r"[\w.-]+", name)), None)
+    if wrong is not None:
+        raise ValueError(f"--allowed-host is {wrong!r}: give a name such as box.example, without scheme and port")
+    if "*" in names or (keys and not names):
+        return None
+    return names | {host.lower(), socket.gethostname().lower()}
 
 
 def _api_keys(flag: str | None, file: Path | None, log: ServerLog) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from puna.serving.connection import CROWDED
 from puna.serving.errors import ApiError
 from puna.serving.generation import engine_error
 from puna.serving.record import RequestRecord, request_id
-from puna.serving.state import ServerState, is_authorized
+from puna.serving.state import ServerState, host_name, is_authorized, is_local_name
 
 _log = logging.getLogger(__name__)
 GONE: Final = 499  # nginx's status for a client that left; nobody sees it but the log
@@ -67,6 +67,17 @@ class Guard:
             crowded = ApiError(503, "too many connections are open", code="too_many_connections", retry_after=1)
             crowded.headers = {"connection": "close"}
             raise crowded
+        allowed = self._state.settings.allowed_hosts
+        # Without one it is no browser's request.
+        if (
+            allowed is not None
+            and b"host" in headers
+            and not is_local_name(name := host_name(headers[b"host"]), allowed)
+        ):
+            message = (
+                f"this server does not go by the name {name[:100]!r}: start it with --allowed-host, or with API keys"
+            )
+            raise ApiError(403, message, kind="permission_error", code="host_not_allowed")
         keys = self._state.settings.api_keys
         header = headers.get(b"authorization", b"")
         other = headers.get(b"x-api-key", b"")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -27,7 +28,8 @@ class ServerSettings:
     """`keep_alive`: seconds without a token after which a stream gets a comment. No `api_keys`: everyone may ask.
 
     `splits_reasoning`: what the model's template marks as reasoning goes into a field of its own.
-    `trusts_request_template`: requests may bring chat templates.
+    `trusts_request_template`: requests may bring chat templates. `allowed_hosts`: the names, in lower case, that requests
+    may be sent to, besides IP addresses and localhost; None: all.
     """
 
     model_name: str
@@ -36,6 +38,7 @@ class ServerSettings:
     keep_alive: float = 10.0
     splits_reasoning: bool = True
     trusts_request_template: bool = False
+    allowed_hosts: frozenset[str] | None = None
     body_timeout: float = 120.0  # seconds that a request's body may take to come
 
 
@@ -132,3 +135,25 @@ def is_authorized(authorization: bytes, x_api_key: bytes, api_keys: Sequence[str
     digest = hashlib.sha256(given.strip()).digest()
     matches = [secrets.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in api_keys]
     return sum(matches) > 0 and scheme.lower() == b"bearer"
+
+
+def host_name(header: bytes) -> str:
+    """The name or address in a Host header, without its port."""
+    host = header.decode("latin-1").strip().lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.removesuffix(".")
+
+
+def is_local_name(name: str, allowed: Collection[str]) -> bool:
+    """Whether nobody else can have had this name point to this machine.
+
+    A browser takes a server's answers to a page only if the page came from the same name. So whoever owns a name could
+    serve a page under it, let the name then point to 127.0.0.1, and have the page use a server that listens there.
+    """
+    if name in allowed or name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
