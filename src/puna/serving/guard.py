@@ -68,16 +68,11 @@ class Guard:
             crowded.headers = {"connection": "close"}
             raise crowded
         allowed = self._state.settings.allowed_hosts
-        # Without one it is no browser's request.
-        if (
-            allowed is not None
-            and b"host" in headers
-            and not is_local_name(name := host_name(headers[b"host"]), allowed)
-        ):
-            message = (
-                f"this server does not go by the name {name[:100]!r}: start it with --allowed-host, or with API keys"
-            )
-            raise ApiError(403, message, kind="permission_error", code="host_not_allowed")
+        if allowed is not None and b"host" in headers:  # a browser's request has one
+            name = host_name(headers[b"host"])
+            if not is_local_name(name, allowed):
+                message = f"this server does not go by {name[:100]!r}: start it with --allowed-host, or with API keys"
+                raise ApiError(403, message, kind="permission_error", code="host_not_allowed")
         keys = self._state.settings.api_keys
         header = headers.get(b"authorization", b"")
         other = headers.get(b"x-api-key", b"")

@@ -34,6 +34,7 @@ _ERRORS: Final = MappingProxyType(
     {
         400: "The request can't be run: which field it is, and why.",
         401: "The API key is missing or wrong.",
+        403: "The server does not go by the name that it was asked under.",
         404: "There is no such model or path.",
         408: "The request took longer than its deadline.",
         413: "The body is larger than --max-body-size.",
@@ -77,13 +78,13 @@ def _completed(document: dict[str, Any], settings: ServerSettings) -> dict[str, 
         document["security"] = [{"key": []}]
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            operation["responses"] = _responses(path, "requestBody" in operation, bool(settings.api_keys))
+            operation["responses"] = _responses(path, "requestBody" in operation, settings)
             if path in _WITHOUT_KEY:
                 operation["security"] = []
     return document
 
 
-def _responses(path: str, has_body: bool, has_keys: bool) -> dict[str, Any]:
+def _responses(path: str, has_body: bool, settings: ServerSettings) -> dict[str, Any]:
     model = _ANSWERS.get(path)
     if model is None:
         good: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
@@ -93,7 +94,8 @@ def _responses(path: str, has_body: bool, has_keys: bool) -> dict[str, Any]:
         events = "With stream true: an object for each event, and [DONE]."
         good["text/event-stream"] = {"schema": {"type": "string", "description": events}}
     errors = [400, 404, 413, 500, 503] if has_body else [404] if "{" in path else [503] if path == "/ready" else []
-    errors += [401] if has_keys and path not in _WITHOUT_KEY else []
+    errors += [401] if settings.api_keys and path not in _WITHOUT_KEY else []
+    errors += [403] if settings.allowed_hosts is not None else []
     errors += [429] if path in _QUEUED else []
     errors += [422] if path in _STREAMED else []
     errors += [408] if path == "/v1/embeddings" else []

@@ -28,8 +28,8 @@ class ServerSettings:
     """`keep_alive`: seconds without a token after which a stream gets a comment. No `api_keys`: everyone may ask.
 
     `splits_reasoning`: what the model's template marks as reasoning goes into a field of its own.
-    `trusts_request_template`: requests may bring chat templates. `allowed_hosts`: the names, in lower case, that requests
-    may be sent to, besides IP addresses and localhost; None: all.
+    `trusts_request_template`: requests may bring chat templates.
+    `allowed_hosts`: the names, in lower case, that requests may be sent to, besides IP addresses and localhost; None: all.
     """
 
     model_name: str
