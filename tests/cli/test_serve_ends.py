@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +23,7 @@ LONG: dict[str, Any] = {"model": "demo", "prompt": "Once", "max_tokens": 450, "i
 
 # The command line with a fault in the engine, from when a file is there on. The product has no such switch.
 FAULTY = """
-import ctypes, os, sys
+import ctypes, os, sys, time
 from puna.engine import executor
 from puna.runtime import model_runner
 
@@ -29,6 +31,8 @@ kind, flag = sys.argv[1:3]
 execute, submit = model_runner.ModelRunner.execute, executor.LocalExecutor.submit
 
 def faulty_execute(self, plan):
+    if os.path.exists(flag) and kind == "hang":
+        time.sleep(3600)
     if os.path.exists(flag):
         raise RuntimeError("the insides of CANARY")
     return execute(self, plan)
@@ -39,7 +43,7 @@ def faulty_submit(self, plan):
         ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(SystemExit))
     return submit(self, plan)
 
-if kind == "step":
+if kind != "thread":
     model_runner.ModelRunner.execute = faulty_execute
 else:
     executor.LocalExecutor.submit = faulty_submit
@@ -53,10 +57,11 @@ def events(lines: list[str]) -> list[str]:
     return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
-@pytest.mark.parametrize("kind", ["step", "thread"])
+@pytest.mark.parametrize("kind", ["step", "thread", "hang"])
 def test_a_dead_worker_is_errors_and_an_exit_code(kind: str, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    with serving("--log-format", "json", before=("-c", FAULTY, kind, str(flag))) as it:
+    flags = ("--step-timeout", "3") if kind == "hang" else ()
+    with serving("--log-format", "json", *flags, before=("-c", FAULTY, kind, str(flag))) as it:
         begun = threading.Barrier(4, timeout=60)
 
         def stream(number: int) -> list[str]:
@@ -99,8 +104,20 @@ def test_a_dead_worker_is_errors_and_an_exit_code(kind: str, tmp_path: Path) -> 
         (its_line,) = [line for line in lines if line.get("request_id") == name]
         assert (its_line["error"], its_line["finish_reason"]) == ("engine_error", "error")
         assert its_line["generated_tokens"] > 0
-    reasons = ["CANARY"] if kind == "step" else ["SystemExit", "has died"]  # within a step, or between two
-    assert any(reason in failure["traceback"] for reason in reasons)
+    reasons = {"step": ["CANARY"], "thread": ["SystemExit", "has died"], "hang": ["not ended after 3 seconds"]}
+    assert any(reason in failure["traceback"] for reason in reasons[kind])  # a thread's: within a step, or between two
+    where = [line["message"] for line in lines if line["logger"] == "puna.engine.executor"]
+    assert len(where) == (kind == "hang")
+    assert all("in faulty_execute" in message for message in where)
+
+
+def test_a_first_step_that_hangs_ends_the_start(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    flag.touch()
+    words = ["-c", FAULTY, "hang", str(flag), "serve", "--model", "demo", "--port", "0", "--step-timeout", "0.5"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "the first token failed: StepTimeout: a step has not ended after 0.5 seconds" in done.stderr
 
 
 def test_a_second_signal_ends_at_once() -> None:

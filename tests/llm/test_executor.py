@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from puna.engine.executor import ExecutorEnded, LocalExecutor
+from puna.engine.executor import ExecutorEnded, LocalExecutor, StepTimeout, result_within
 from puna.scheduling.step_plan import StepPlan, StepResult
 
 PLAN = StepPlan(())
@@ -85,6 +85,52 @@ def test_shutdown_lets_the_running_step_end_and_fails_the_others() -> None:
     assert not ending.is_alive()
     with pytest.raises(ExecutorEnded):
         executor.submit(PLAN)
+
+
+def test_a_step_that_does_not_end_is_left_alone() -> None:
+    runner, executor = make()
+    assert result_within(executor.submit(PLAN), PATIENCE) is RESULT
+    runner.go_on.clear()
+    hanging = executor.submit(PLAN)
+    with pytest.raises(StepTimeout, match=r"0\.05 seconds"):
+        result_within(hanging, 0.05)
+    executor.shutdown(wait=False)
+    assert executor._thread.is_alive()
+    with pytest.raises(ExecutorEnded):
+        executor.submit(PLAN)
+    runner.go_on.set()
+    executor._thread.join(PATIENCE)
+
+
+def test_a_steps_own_timeout_is_its_own() -> None:
+    runner, executor = make()
+    runner.error = TimeoutError("of the step")
+    with pytest.raises(TimeoutError, match="of the step"):
+        result_within(executor.submit(PLAN), PATIENCE)
+    executor.shutdown()
+
+
+def test_a_program_with_a_step_that_hangs_ends(folder: Path) -> None:
+    """The request fails, and neither closing the engine nor the interpreter's end waits for the step."""
+    code = """
+import queue, sys, time
+from puna.config import EngineConfig
+from puna.engine.engine import Engine
+from puna.runtime.model_runner import ModelRunner
+from puna.scheduling.sampling_params import SamplingParams
+ModelRunner.execute = lambda self, plan: time.sleep(3600)
+engine, deltas = Engine.from_pretrained(sys.argv[1], engine_config=EngineConfig(step_timeout=0.5)), queue.Queue()
+engine.submit([2, 3], SamplingParams(), deltas.put)
+last = deltas.get(timeout=30)
+assert last.finished and last.error.startswith("StepTimeout: "), last
+assert engine.failure == last.error
+engine.shutdown()
+sys.exit(7)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], check=False, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
 
 
 def test_a_program_that_closes_nothing_ends_with_its_own_code(folder: Path) -> None:

@@ -70,6 +70,14 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds for running requests after SIGTERM.", rich_help_panel=_SERVER)
     ] = 30.0,
+    step_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds after which a step counts as hanging, and the server ends with an error; 0 is off.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 600.0,
     reasoning_parser: Annotated[
         ReasoningParser,
         typer.Option(
@@ -139,6 +147,7 @@ def serve(
                 kv_cache_dtype=opened.kv_cache_dtype,
                 enable_prefix_caching=opened.enable_prefix_caching,
                 max_waiting=max_queue,
+                step_timeout=step_timeout or None,
                 seed=secrets.randbits(62),  # requests without a seed are to differ between runs
             )
             return Engine.from_pretrained(

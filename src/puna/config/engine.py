@@ -20,6 +20,7 @@ class EngineConfig:
     seed: what the seeds of requests without one are drawn from.
     kv_cache_dtype: what keys and values are kept in; "auto" is the model's dtype, int8 is for the compiled kernels.
     threads: of the compiled CPU kernels, for the whole process; None means what this process may use.
+    step_timeout: seconds after which a step counts as hanging, and the engine fails; None means that it may last.
     enforce_eager: run every step in Python instead of replaying recorded ones.
     """
 
@@ -34,6 +35,7 @@ class EngineConfig:
     seed: int = 0
     kv_cache_dtype: CacheDtype = "auto"
     threads: int | None = None
+    step_timeout: float | None = None
     enforce_eager: bool = False
 
     def __post_init__(self) -> None:
@@ -47,3 +49,5 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1, or None")
+        if self.step_timeout is not None and not self.step_timeout > 0:
+            raise ValueError(f"step_timeout is {self.step_timeout}: it must be seconds, or None")

@@ -18,7 +18,7 @@ import torch
 from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint
 from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
 from puna.distributed import NullCommunicator
-from puna.engine.executor import Executor, ExecutorEnded, LocalExecutor
+from puna.engine.executor import Executor, ExecutorEnded, LocalExecutor, StepTimeout, result_within
 from puna.engine.output_processor import OutputProcessor
 from puna.engine.outputs import RequestDelta
 from puna.engine.request_trace import RequestTrace
@@ -353,6 +353,7 @@ class Engine:
 
     def _run(self) -> None:
         in_flight: Future[StepResult] | None = None
+        hangs = False
         try:
             while True:
                 with self._lock:
@@ -365,9 +366,10 @@ class Engine:
                 self._trace("plan", start, 0 if plan is None else len(plan.rows))
                 in_flight = self._advance(plan, in_flight)
         except BaseException as error:  # whatever ends this thread, nobody must wait for it forever
+            hangs = isinstance(error, StepTimeout)
             self._fail(error)
         finally:
-            self.parts.executor.shutdown()
+            self.parts.executor.shutdown(wait=not hangs)
             if self._tracer is not None:
                 self._tracer.close()
 
@@ -377,7 +379,7 @@ class Engine:
             self._steps_by_size[min((count - 1).bit_length(), _STEP_SIZES - 1)] += 1
             self._step_tokens += count
         started = None if plan is None else self.parts.executor.submit(plan)
-        result = _NOTHING if in_flight is None else in_flight.result()
+        result = _NOTHING if in_flight is None else result_within(in_flight, self.parts.engine_config.step_timeout)
         start = time.monotonic()
         with self._lock:
             events = self.parts.scheduler.commit(result)

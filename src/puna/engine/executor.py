@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from concurrent.futures import Future
-from typing import Protocol
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Final, Protocol
 
 from puna.runtime.model_runner import ModelRunner
 from puna.runtime.tracing import Tracer
 from puna.scheduling.step_plan import StepPlan, StepResult
+
+_log = logging.getLogger(__name__)
+_TICKS: Final = 10
+
+
+class StepTimeout(RuntimeError):
+    """A step does not end."""
+
+
+def result_within(future: Future[StepResult], seconds: float | None) -> StepResult:
+    """The step's result, or its error; a StepTimeout where it has neither after so many seconds.
+
+    They are waited for in pieces: a process that is stopped and goes on later loses one of these, and not its engine.
+    """
+    if seconds is None:
+        return future.result()
+    for _ in range(_TICKS):
+        try:
+            return future.result(seconds / _TICKS)
+        except FutureTimeoutError:
+            if future.done():  # just now, or the error is the step's own
+                return future.result()
+    raise StepTimeout(f"a step has not ended after {seconds:g} seconds: it hangs, or step_timeout is too short for it")
 
 
 class ExecutorEnded(RuntimeError):
@@ -26,8 +53,8 @@ class Executor(Protocol):
         """Starts a step, or queues it behind the one that runs. Raises ExecutorEnded."""
         ...
 
-    def shutdown(self) -> None:
-        """Lets the running step end, and frees what it took to run."""
+    def shutdown(self, wait: bool = True) -> None:
+        """Lets the running step end, and frees what it took to run; without `wait` it leaves alone what hangs."""
         ...
 
 
@@ -60,11 +87,14 @@ class LocalExecutor:
             self._plans.put(plan)
         return future
 
-    def shutdown(self) -> None:
+    def shutdown(self, wait: bool = True) -> None:
         atexit.unregister(self.shutdown)
         self._end("the executor was shut down")
         self._plans.put(None)
-        self._thread.join()
+        if wait:
+            self._thread.join()
+        elif (frame := sys._current_frames().get(self._thread.ident or 0)) is not None:
+            _log.error("what the step hangs in:\n%s", "".join(traceback.format_stack(frame)))
 
     def _run(self) -> None:
         try:

@@ -29,7 +29,7 @@ class ServerSettings:
 
     `splits_reasoning`: what the model's template marks as reasoning goes into a field of its own.
     `trusts_request_template`: requests may bring chat templates.
-    `allowed_hosts`: the names, in lower case, that requests may be sent to, besides IP addresses and localhost; None: all.
+    `allowed_hosts`: names, in lower case, that requests may be sent to, besides IP addresses and localhost; None: all.
     """
 
     model_name: str
