@@ -208,9 +208,7 @@ class ChatTemplate:
             try:
                 self._compiled[name] = environment.from_string(source)
             except TemplateSyntaxError as error:
-                raise ValueError(
-                    f"the chat template {name!r} does not compile: line {error.lineno}: {error.message}"
-                ) from error
+                raise _syntax_error(name, error) from error
 
     def render(
         self,
@@ -284,6 +282,23 @@ class ChatTemplate:
         except (TypeError, AttributeError, ArithmeticError, LookupError, RecursionError, ValueError) as error:
             raise ValueError(f"the chat template fails on the conversation: {type(error).__name__}: {error}") from error
         return "".join(parts)
+
+
+def check_syntax(name: str, source: str) -> None:
+    """Parses a template without compiling it, which would already compute what is constant in it.
+
+    Raises ValueError if it is none.
+    """
+    try:
+        _Environment().parse(source)
+    except TemplateSyntaxError as error:
+        raise _syntax_error(name, error) from error
+    except RecursionError:
+        raise ValueError(f"the chat template {name!r} does not compile: it is nested too deeply") from None
+
+
+def _syntax_error(name: str, error: TemplateSyntaxError) -> ValueError:
+    return ValueError(f"the chat template {name!r} does not compile: line {error.lineno}: {error.message}")
 
 
 def _copy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

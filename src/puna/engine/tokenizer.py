@@ -15,6 +15,7 @@ from puna.checkpoints.engine_directory import GGUF_TOKENIZER
 from puna.engine.chat_template import ChatTemplate
 from puna.engine.detokenizer import DecodeStream, Piece, SentencePieceStream, make_stream_factory
 from puna.engine.gguf_tokenizer import GGUFTokenizer
+from puna.engine.isolated_template import IsolatedTemplate
 from puna.engine.sentencepiece_model import SPACE, PieceType, SentencePieceModel
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -457,9 +458,9 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         return self._backend.id_to_token(token_id)
 
-    def compile_chat_template(self, source: str) -> ChatTemplate:
-        """A template of the caller's own, with this tokenizer's special tokens. ValueError if it does not compile."""
-        return ChatTemplate({"default": source}, self._special_tokens)
+    def isolated_chat_template(self, source: str) -> ChatTemplate:
+        """A template of a stranger's, with this tokenizer's special tokens. ValueError if it is none."""
+        return IsolatedTemplate(source, self._special_tokens)
 
     def render_chat(
         self,

@@ -35,7 +35,7 @@ async def own_template(engine: Engine, source: str | None, is_trusted: bool) -> 
             "chat_template",
         )
     try:
-        return await asyncio.to_thread(tokenizer.compile_chat_template, source)
+        return await asyncio.to_thread(tokenizer.isolated_chat_template, source)
     except ValueError as error:
         raise bad_request(str(error), "chat_template") from None
 
