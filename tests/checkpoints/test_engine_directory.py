@@ -19,6 +19,7 @@ from gguf_writer import random_blocks, write_gguf
 from puna.checkpoints import EngineDirectory, open_checkpoint
 from puna.checkpoints.engine_directory import MANIFEST, WEIGHTS
 from puna.config import read_json_object
+from puna.engine.recommended_pooling import recommended_pooling
 from puna.engine.tokenizer import Tokenizer
 from puna.llm import LLM
 from puna.models import LLaMAForCausalLM, load_model, model_loader
@@ -158,6 +159,12 @@ def test_tokenizer_of_a_folder(make_with_tokenizer: Path, tmp_path: Path) -> Non
     ours = Tokenizer.from_pretrained(build(make_with_tokenizer, tmp_path / "engine", quantization="int8"))
     messages = [{"role": "user", "content": "Über 3 </s> words"}]
     assert ours.encode_chat(messages) == theirs.encode_chat(messages)
+
+
+def test_what_a_folder_says_of_embeddings_is_kept(make_with_tokenizer: Path, tmp_path: Path) -> None:
+    (make_with_tokenizer / "1_Pooling").mkdir()
+    (make_with_tokenizer / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    assert recommended_pooling(build(make_with_tokenizer, tmp_path / "engine", quantization="int8")) == "mean"
 
 
 def test_tokenizer_of_a_gguf_file(make_with_tokenizer: Path, tmp_path: Path) -> None:

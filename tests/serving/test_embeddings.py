@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 import socket
 import struct
 import threading
@@ -17,10 +18,13 @@ import pytest
 import torch
 import transformers
 
+from puna.engine.engine import Engine
+from puna.engine.recommended_pooling import POOLING_FILE, recommended_pooling
 from puna.llm import LLM
 from puna.ops import cpu
 from puna.scheduling.scheduler import QueueFullError
-from serving.conftest import Running, Serve, openai
+from puna.serving.state import ServerSettings, ServerState
+from serving.conftest import Running, Serve, listening, openai
 
 PATH = "/v1/embeddings"
 TEXTS = ["a llama", "x", "the high grassland", "grün " * 20]
@@ -66,6 +70,58 @@ def test_openai_client_gets_what_transformers_computes(server: Running, folder: 
                 hidden = model(torch.tensor([llm.encode(text)])).last_hidden_state[0, -1]
             expected = torch.nn.functional.normalize(hidden, dim=0)
             torch.testing.assert_close(torch.tensor(values), expected, rtol=0, atol=2e-5)
+
+
+FLAGS = {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "include_prompt": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (FLAGS | {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}, "mean"),
+        (FLAGS | {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": ["lasttoken"]}, "last"),
+        (FLAGS | {"pooling_mode_cls_token": True}, None),
+        (FLAGS | {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": True}, None),
+        ({"pooling_mode": ["mean", "max"]}, None),
+        ({"pooling_mode": "weightedmean"}, None),
+        (FLAGS, None),
+    ],
+)
+def test_what_the_checkpoint_says_of_pooling(tmp_path: Path, content: dict[str, Any], expected: str | None) -> None:
+    assert recommended_pooling(tmp_path) == "last"
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / POOLING_FILE).write_text(json.dumps(content))
+    assert recommended_pooling(tmp_path) == expected
+
+
+def test_a_file_about_pooling_that_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    for content, message in (
+        ("{", "not valid JSON"),
+        ('{"pooling_mode_mean_tokens": 1}', "pooling_mode_mean_tokens is 1"),
+    ):
+        (tmp_path / POOLING_FILE).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            recommended_pooling(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["mean", "cls"])
+def test_the_checkpoints_pooling_is_the_default(folder: Path, tmp_path: Path, llm: LLM, word: str) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "1_Pooling").mkdir()
+    (model / POOLING_FILE).write_text(json.dumps({"pooling_mode": word}))
+    engine = Engine.from_pretrained(str(model))
+    with listening(ServerState(ServerSettings(model_name="small"), engine, "ready")) as running:
+        if word == "cls":
+            refused = post(running, input=TEXTS)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "pooling"
+        else:
+            assert_same(vectors(post(running, input=TEXTS).json()), llm.embed(TEXTS, "mean"))
+        assert_same(vectors(post(running, input=TEXTS, pooling="last").json()), llm.embed(TEXTS))
+    engine.shutdown()
 
 
 def test_every_form_of_input(server: Running, llm: LLM) -> None:

@@ -54,6 +54,10 @@ BAD_CHAT: tuple[tuple[dict[str, Any], str], ...] = (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages.0.content",
     ),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]}]},
+        "'thinking': this server takes parts of type text; send reasoning as reasoning_content",
+    ),
     ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),

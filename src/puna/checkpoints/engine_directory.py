@@ -58,6 +58,7 @@ _TOKENIZER_FILES: Final = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "1_Pooling/config.json",
 )
 
 

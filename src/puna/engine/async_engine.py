@@ -11,7 +11,7 @@ from torch import Tensor
 
 from puna.engine.engine import Engine
 from puna.engine.outputs import CompletionOutput, RequestDelta, RequestOutput
-from puna.scheduling.pooling_params import Pooling, PoolingParams
+from puna.scheduling.pooling_params import Pooling
 from puna.scheduling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class AsyncEngine:
     async def embed(
         self,
         prompt: str | Sequence[int],
-        pooling: Pooling = "last",
+        pooling: Pooling | None = None,
         normalize: bool = True,
         *,
         priority: int = 0,
@@ -119,7 +119,7 @@ class AsyncEngine:
             priority=priority,
             timeout=timeout,
             cache_salt=cache_salt,
-            pooling=PoolingParams(method=pooling, normalize=normalize),
+            pooling=self.engine.pooling_params(pooling, normalize),
         )
         try:
             delta = await last

@@ -21,6 +21,7 @@ from puna.distributed import NullCommunicator
 from puna.engine.executor import Executor, ExecutorEnded, LocalExecutor, StepTimeout, result_within
 from puna.engine.output_processor import OutputProcessor
 from puna.engine.outputs import RequestDelta
+from puna.engine.recommended_pooling import recommended_pooling
 from puna.engine.request_trace import RequestTrace
 from puna.engine.token_bytes import TokenBytes
 from puna.engine.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ from puna.runtime.tracing import Tracer
 from puna.scheduling.beams import BeamParams
 from puna.scheduling.block_manager import BlockManager
 from puna.scheduling.events import Event
-from puna.scheduling.pooling_params import PoolingParams
+from puna.scheduling.pooling_params import Pooling, PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import Scheduler, SchedulerLimits
 from puna.scheduling.sequence import Request
@@ -62,6 +63,7 @@ class EngineParts:
     executor: Executor
     grammars: GrammarCompiler
     memory: MemoryPlan
+    pooling: Pooling | None = "last"  # what the checkpoint recommends; None: something that is not known here
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ class Engine:
         checkpoint = open_checkpoint(model)
         config = resolved_config(checkpoint, dtype)
         tokenizer = Tokenizer.from_pretrained(checkpoint.folder) if tokenizer is None else tokenizer
+        pooling = recommended_pooling(checkpoint.folder)
         max_model_len = engine_config.max_model_len or config.context_length
         if max_model_len > config.context_length:
             raise ValueError(
@@ -199,6 +202,7 @@ class Engine:
                 executor=LocalExecutor(runner, tracer),
                 grammars=grammars,
                 memory=memory,
+                pooling=pooling,
             ),
             tracer,
         )
@@ -233,6 +237,16 @@ class Engine:
             self._processors[id(request)] = (processor, listener)
             self._lock.notify_all()
         return request.request_id
+
+    def pooling_params(self, method: Pooling | None, normalize: bool = True) -> PoolingParams:
+        """With the checkpoint's own method where none is given. Raises ValueError where that is not known here."""
+        method = self.parts.pooling if method is None else method
+        if method is None:
+            raise ValueError(
+                "this checkpoint wants a pooling that there is not here: give pooling 'last' or 'mean', though it was "
+                "trained for neither"
+            )
+        return PoolingParams(method=method, normalize=normalize)
 
     @property
     def failure(self) -> str | None:

@@ -13,7 +13,6 @@ import numpy as np
 from fastapi import Response
 
 from puna.engine.engine import Engine
-from puna.scheduling.pooling_params import PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 from puna.serving.errors import ApiError, bad_request, dumps
 from puna.serving.generation import Generation
@@ -34,7 +33,10 @@ class Embeddings:
         self._engine = state.ready_engine()
         self._request = request
         self._record = record
-        self._pooling = PoolingParams(method=request.pooling or "last", normalize=request.normalize is not False)
+        try:
+            self._pooling = self._engine.pooling_params(request.pooling, request.normalize is not False)
+        except ValueError as error:
+            raise bad_request(str(error), "pooling") from None
         self._inputs: list[list[int]] = []
         self._pending: deque[int] = deque()
         self._num_running = 0

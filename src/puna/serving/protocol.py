@@ -296,7 +296,10 @@ class Message(Strict):
     def _is_text(cls, value: Any) -> Any:
         for i, part in enumerate(value if isinstance(value, list) else ()):
             if isinstance(part, dict) and part.get("type") not in ("text", "refusal"):
-                raise ValueError(f"part {i} has the type {part.get('type')!r}: this server takes parts of type text")
+                hint = "; send reasoning as reasoning_content" if part.get("type") in ("thinking", "reasoning") else ""
+                raise ValueError(
+                    f"part {i} has the type {part.get('type')!r}: this server takes parts of type text{hint}"
+                )
         return value
 
     @model_validator(mode="after")
