@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,8 +17,8 @@ HERE = Path(__file__).parent
 
 
 def _count_in_interpreter() -> None:
-    """Triton 3.6's interpreter keeps numbers as arrays of one element, which numpy 2.4 no longer takes for the bounds of
-    a loop: kernels whose loops end where a tensor says would fail."""
+    """Triton 3.6's interpreter keeps numbers as arrays of one element, which numpy 2.4 no longer takes for the bounds
+    of a loop: kernels whose loops end where a tensor says would fail."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     original = interpreter._patch_lang_tensor
 
@@ -32,23 +31,6 @@ def _count_in_interpreter() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _count_in_interpreter()
-
-
-def _let_scalars_be_indices() -> None:
-    """The interpreter's scalars are arrays of one number, which numpy 2.4 and newer do not take for the ends of a range."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_with_index
-
-
-if importlib.util.find_spec("triton") is not None:
-    _let_scalars_be_indices()
 
 
 @pytest.fixture(scope="session")

@@ -314,8 +314,8 @@ def _cut_kernel(
     LISTED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Where top-k and top-p end, exactly: the tokens of the buckets in question are listed, and of their keys the one at
-    which the count or the weight is reached is found by halving."""
+    """Where top-k and top-p end, exactly: the tokens of the buckets in question are listed, and of their keys the one
+    at which the count or the weight is reached is found by halving."""
     row = tl.program_id(0)
     k, p = _limits(row, tl.cast(size, tl.int64), top_k, top_p)
     peak, heat = tl.load(highest + row), tl.load(temperature + row)
