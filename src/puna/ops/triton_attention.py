@@ -1,0 +1,572 @@
+"""Attention on GPUs: one kernel over the paged cache, or over packed keys and values, and how it is cut for a device.
+
+A program attends for a few tokens of one sequence and the query heads of one key/value head, which share the keys that
+it reads; the keys are read in tiles with an online softmax (FlashAttention-2, Dao, 2023; the cut along keys is
+Flash-Decoding's, Dao et al., 2023). Caches are [blocks, K, block size, D] of the query's dtype, another float dtype,
+float8_e4m3fn of unit scale, or int8, whose chunk of a block and head is `block size` rows of D codes and then as many
+float32 scales: value = code * scale, scale = highest absolute value / 127.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from puna.ops.triton_device import multiprocessors
+
+LOG2_E: Final = 1.4426950408889634
+# Keys after which the deterministic form starts new sums, which are then added up in order.
+FIXED_SPLIT: Final = 1024
+# Weights of int8 values carry the values' scales, which may be small; this keeps them out of float16's subnormals, and
+# values up to float16's highest below its infinity.
+_WEIGHT_SHIFT: Final = tl.constexpr(64.0)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a launch is cut: `rows` of queries (tokens x heads of a group) and `keys` of a tile."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _tile_of(program, query_starts, sequences, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sequence of a program, and which of its tiles: sequence b's are numbered from query_starts[b] / TOKENS + b."""
+    found = 0
+    for first in range(0, sequences, 256):
+        b = first + tl.arange(0, 256)
+        starts = tl.load(query_starts + b, mask=b < sequences, other=0)
+        found += tl.sum(((b < sequences) & (starts // TOKENS + b <= program)).to(tl.int32))
+    sequence = found - 1
+    return sequence, program - tl.load(query_starts + sequence) // TOKENS - sequence
+
+
+@triton.jit
+def _codes(x):  # type: ignore[no-untyped-def]
+    """int8 codes in the low bytes of int16 -> float16: the bits of 1024 + 128 + code, less 1152; three instructions for
+    two codes, where a conversion is a slow one for each."""
+    return ((x & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+
+
+@triton.jit
+def _bytes(x, KIND: tl.constexpr, to):  # type: ignore[no-untyped-def]
+    """The low bytes of int16 as the numbers that they encode."""
+    if KIND == "int8":
+        return _codes(x).to(to)
+    return (x & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(to)
+
+
+@triton.jit
+def _merge(highest, total, sums, odd_sums, highest2, total2, sums2, odd_sums2):  # type: ignore[no-untyped-def]
+    """The sums over two sets of keys together. Spelled out to the rounding, since two kernels must agree on it."""
+    top = tl.maximum(highest, highest2)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    a, b = tl.exp2(highest - safe), tl.exp2(highest2 - safe)
+    total = tl.fma(total, a, total2 * b)
+    sums = tl.fma(sums, a[:, None], sums2 * b[:, None])
+    odd_sums = tl.fma(odd_sums, a[:, None], odd_sums2 * b[:, None])
+    return top, total, sums, odd_sums
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    query,
+    positions,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    table,
+    block_stride,
+    row_stride,
+    scale_stride,
+    begin,
+    end,
+    oldest,
+    length,
+    window,
+    scale,
+    highest,
+    total,
+    sums,
+    odd_sums,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the keys begin .. end - 1, of which begin is a multiple of N, to what is summed up so far."""
+    D_PADDED: tl.constexpr = triton.next_power_of_2(D)
+    PAIRED: tl.constexpr = KIND != "float"
+    d = tl.arange(0, D_PADDED)
+    pair = tl.arange(0, D_PADDED // 2)
+    for start in tl.range(begin, end, N, num_stages=STAGES):
+        n = start + tl.arange(0, N)
+        present = (n >= oldest) & (n < length)
+        # Where each row is, in elements of the keys' type. What is not there is read from the first block and not used.
+        if BLOCK == 0:
+            rows = n.to(tl.int64) * row_stride
+        elif BLOCK % N == 0:
+            block = tl.load(table + start // BLOCK).to(tl.int64)
+            rows = block * block_stride + (start % BLOCK + tl.arange(0, N)) * D
+        else:
+            blocks = tl.load(table + n // BLOCK, mask=present, other=0).to(tl.int64)
+            rows = blocks * block_stride + n % BLOCK * D
+        if BLOCK == 0 and MASKED:
+            key_mask = (d < D)[None, :] & present[:, None]
+        elif D == D_PADDED:
+            key_mask = None
+        else:
+            key_mask = (d < D)[None, :] & (n >= 0)[:, None]
+        key = tl.load(keys + rows[:, None] + d[None, :], mask=key_mask, other=0.0 if key_mask is not None else None)
+        if KIND == "int8":
+            key = _codes(key.to(tl.int16)).to(query.dtype)
+        scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
+        if KIND == "int8":
+            if BLOCK % N == 0:
+                at = block * scale_stride + start % BLOCK + tl.arange(0, N)
+            else:
+                at = blocks * scale_stride + n % BLOCK
+            scores = scores * tl.load(key_scales + at)[None, :]
+        if MASKED:
+            visible = n[None, :] <= positions[:, None]
+            if WINDOWED:
+                visible = visible & (n[None, :] > positions[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        top = tl.maximum(highest, tl.max(scores, 1) * scale)
+        safe = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
+        # As written, so that a token's bits don't depend on which instructions a compiler joins where.
+        weights = tl.exp2(tl.fma(scores, scale, -safe[:, None]))
+        shrink = tl.exp2(highest - safe)
+        total = tl.fma(total, shrink, tl.sum(weights, 1))
+        sums = sums * shrink[:, None]
+        if KIND == "int8":
+            weights = weights * (tl.load(value_scales + at, mask=present, other=0.0) * _WEIGHT_SHIFT)[None, :]
+        weights = weights.to(query.dtype)
+        if PAIRED:
+            # Two neighbours of a row as one int16: tensor cores want pairs of *keys* in a register, for which there are
+            # instructions that transpose 16 bits at a time, but none for 8.
+            if MASKED:
+                value_mask = (pair < D // 2)[None, :] & present[:, None]
+            elif D == D_PADDED:
+                value_mask = None
+            else:
+                value_mask = (pair < D // 2)[None, :] & (n >= 0)[:, None]
+            both = tl.load(
+                values + (rows // 2)[:, None] + pair[None, :],
+                mask=value_mask,
+                other=0 if value_mask is not None else None,
+            )
+            odd_sums = odd_sums * shrink[:, None]
+            even, odd = _bytes(both, KIND, query.dtype), _bytes(both >> 8, KIND, query.dtype)
+            sums = tl.dot(weights, even, sums, input_precision=PRECISION)
+            odd_sums = tl.dot(weights, odd, odd_sums, input_precision=PRECISION)
+        else:
+            if MASKED:
+                value_mask = (d < D)[None, :] & present[:, None]
+            elif D == D_PADDED:
+                value_mask = None
+            else:
+                value_mask = (d < D)[None, :] & (n >= 0)[:, None]
+            value = tl.load(
+                values + rows[:, None] + d[None, :], mask=value_mask, other=0.0 if value_mask is not None else None
+            )
+            sums = tl.dot(weights, value.to(query.dtype), sums, input_precision=PRECISION)
+        highest = top
+    return highest, total, sums, odd_sums
+
+
+@triton.jit
+def _attention_kernel(  # type: ignore[no-untyped-def]
+    query,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    output,
+    partial_highest,
+    partial_totals,
+    partial_sums,
+    block_tables,
+    query_starts,
+    sequence_lengths,
+    scale,
+    window,
+    sequences,
+    tokens,
+    query_stride,
+    head_stride,
+    output_stride,
+    block_stride,
+    row_stride,
+    kv_head_stride,
+    scale_stride,
+    kv_head_scale_stride,
+    table_stride,
+    FEW: tl.constexpr,
+    FIRST_OF_MANY: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FIXED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    KIND: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (tile of tokens, key/value head, split of the keys).
+
+    FEW: program i takes sequence i if it has no more tokens than fit a tile; else tiles of all sequences are counted
+    through, and those of sequences of FIRST_OF_MANY - 1 tokens or less are left to others.
+    SPLITS: with more than one, results go to the partial_... [SPLITS, T, H] and [SPLITS, T, H, D].
+    FIXED: keys after which sums start anew; 0 where they need not.
+    """
+    TOKENS: tl.constexpr = M // GROUP
+    D_PADDED: tl.constexpr = triton.next_power_of_2(D)
+    PAIRED: tl.constexpr = KIND != "float"
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    if FEW:
+        sequence, tile = tl.program_id(0), 0
+    else:
+        # The tiles with the most keys, which come last, are the first to start.
+        sequence, tile = _tile_of(tl.num_programs(0) - 1 - tl.program_id(0), query_starts, sequences, TOKENS)
+    first_row = tl.load(query_starts + sequence)
+    count = tl.load(query_starts + sequence + 1) - first_row
+    if FEW:
+        if count > TOKENS or count == 0:
+            return
+    elif tile * TOKENS >= count or count < FIRST_OF_MANY:
+        return
+    length = tl.load(sequence_lengths + sequence)
+
+    # Row r of the tile is token r / GROUP and head r % GROUP.
+    r = tl.arange(0, M)
+    token = tile * TOKENS + r // GROUP
+    real = (r < TOKENS * GROUP) & (token < count)
+    token = tl.where(real, token, tile * TOKENS)
+    head = kv_head * GROUP + r % GROUP
+    positions = length - count + token
+    first_position = length - count + tile * TOKENS
+    last_position = tl.minimum(first_position + TOKENS, length) - 1
+
+    d = tl.arange(0, D_PADDED)
+    row = (first_row + token).to(tl.int64)
+    q = tl.load(
+        query + row[:, None] * query_stride + head[:, None] * head_stride + d[None, :],
+        mask=real[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    if PAIRED and q.dtype != tl.float32:
+        # Every e4m3 number and int8 code is a float16, and weights are rounded less than in bfloat16.
+        q = q.to(tl.float16)
+
+    if BLOCK == 0:
+        keys += (first_row - (length - count)).to(tl.int64) * row_stride
+        values += (first_row - (length - count)).to(tl.int64) * row_stride
+    keys += kv_head * kv_head_stride
+    values += kv_head * kv_head_stride // 2 if PAIRED else kv_head * kv_head_stride
+    key_scales += kv_head * kv_head_scale_stride
+    value_scales += kv_head * kv_head_scale_stride
+    table = block_tables + sequence.to(tl.int64) * table_stride
+
+    oldest = tl.maximum(first_position - window + 1, 0) if WINDOWED else 0
+    begin, end = oldest // N * N, last_position + 1
+    if FIXED > 0:
+        begin = oldest // FIXED * FIXED
+        if SPLITS > 1:
+            begin = split * FIXED
+            end = tl.minimum(end, begin + FIXED)
+            begin = tl.maximum(begin, oldest // N * N)
+    elif SPLITS > 1:
+        part = tl.cdiv(tl.cdiv(end - begin, SPLITS), N) * N
+        begin += split * part
+        end = tl.minimum(end, begin + part)
+
+    highest = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, D_PADDED // 2 if PAIRED else D_PADDED], tl.float32)
+    odd_sums = tl.zeros([M, D_PADDED // 2 if PAIRED else 1], tl.float32)
+    if FIXED > 0 and SPLITS == 1:
+        for first in range(begin, end, FIXED):
+            highest2, total2, sums2, odd_sums2 = _attend(
+                q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride, scale_stride,
+                tl.maximum(first, oldest // N * N), tl.minimum(first + FIXED, end), oldest, length, window, scale,
+                tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32),
+                tl.zeros([M, D_PADDED // 2 if PAIRED else D_PADDED], tl.float32),
+                tl.zeros([M, D_PADDED // 2 if PAIRED else 1], tl.float32),
+                True, WINDOWED, KIND, D, BLOCK, N, STAGES, PRECISION,
+            )  # fmt: skip
+            highest, total, sums, odd_sums = _merge(
+                highest, total, sums, odd_sums, highest2, total2, sums2, odd_sums2
+            )
+    else:
+        if not FEW and FIXED == 0:
+            # Tiles that all rows see whole need no masks.
+            whole = tl.minimum((first_position + 1) // N * N, end)
+            if WINDOWED:
+                partly = tl.minimum(tl.cdiv(tl.maximum(last_position - window + 1, 0), N) * N, end)
+                partly = tl.maximum(partly, begin)
+                highest, total, sums, odd_sums = _attend(
+                    q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
+                    scale_stride, begin, partly, oldest, length, window, scale, highest, total, sums, odd_sums,
+                    True, WINDOWED, KIND, D, BLOCK, N, STAGES, PRECISION,
+                )  # fmt: skip
+                begin = partly
+            highest, total, sums, odd_sums = _attend(
+                q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
+                scale_stride, begin, whole, oldest, length, window, scale, highest, total, sums, odd_sums,
+                False, WINDOWED, KIND, D, BLOCK, N, STAGES, PRECISION,
+            )  # fmt: skip
+            begin = tl.maximum(whole, begin)
+        highest, total, sums, odd_sums = _attend(
+            q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
+            scale_stride, begin, end, oldest, length, window, scale, highest, total, sums, odd_sums,
+            True, WINDOWED, KIND, D, BLOCK, N, STAGES, PRECISION,
+        )  # fmt: skip
+
+    if KIND == "int8":
+        sums, odd_sums = sums / _WEIGHT_SHIFT, odd_sums / _WEIGHT_SHIFT
+    result = tl.interleave(sums, odd_sums) if PAIRED else sums
+    mask = real[:, None] & (d < D)[None, :]
+    if SPLITS == 1:
+        result = result / tl.where(total == 0.0, 1.0, total)[:, None]
+        out = output + row[:, None] * output_stride + head[:, None] * D + d[None, :]
+        tl.store(out, result.to(output.dtype.element_ty), mask=mask)
+    else:
+        at = (split.to(tl.int64) * tokens + row) * HEADS + head
+        tl.store(partial_highest + at, highest, mask=real)
+        tl.store(partial_totals + at, total, mask=real)
+        # Sums of nothing are not read either.
+        tl.store(partial_sums + at[:, None] * D + d[None, :], result, mask=mask & (total > 0.0)[:, None])
+
+
+@triton.jit
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    partial_highest,
+    partial_totals,
+    partial_sums,
+    output,
+    tokens,
+    output_stride,
+    SPLITS: tl.constexpr,
+    FIXED: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """The result of one token and head from its splits: all at once, or one by one as a program without splits would."""
+    D_PADDED: tl.constexpr = triton.next_power_of_2(D)
+    token, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, D_PADDED)
+    first = token.to(tl.int64) * HEADS + head
+    if FIXED:
+        highest = tl.full([1], float("-inf"), tl.float32)
+        total = tl.zeros([1], tl.float32)
+        sums = tl.zeros([1, D_PADDED], tl.float32)
+        none = tl.zeros([1, 1], tl.float32)
+        for split in range(SPLITS):
+            at = split.to(tl.int64) * tokens * HEADS + first + tl.arange(0, 1)
+            highest2, total2 = tl.load(partial_highest + at), tl.load(partial_totals + at)
+            mask = (d < D)[None, :] & (total2 > 0.0)[:, None]
+            sums2 = tl.load(partial_sums + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+            highest, total, sums, none = _merge(highest, total, sums, none, highest2, total2, sums2, none)
+        result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(
+            output + token.to(tl.int64) * output_stride + head * D + d[None, :],
+            result.to(output.dtype.element_ty),
+            mask=(d < D)[None, :],
+        )
+    else:
+        z = tl.arange(0, triton.next_power_of_2(SPLITS))
+        at = z.to(tl.int64) * tokens * HEADS + first
+        highest = tl.load(partial_highest + at, mask=z < SPLITS, other=float("-inf"))
+        total = tl.load(partial_totals + at, mask=z < SPLITS, other=0.0)
+        mask = (d < D)[None, :] & (total > 0.0)[:, None]
+        sums = tl.load(partial_sums + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+        top = tl.max(highest, 0)
+        factors = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
+        everything = tl.sum(total * factors, 0)
+        result = tl.sum(sums * factors[:, None], 0) / tl.where(everything == 0.0, 1.0, everything)
+        out = output + token.to(tl.int64) * output_stride + head * D + d
+        tl.store(out, result.to(output.dtype.element_ty), mask=d < D)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    sequence_lengths: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """reference.paged_attention, also for caches in FP8 and int8. -> [T, H, D]"""
+    return _paged(
+        query, key_cache, value_cache, block_tables, query_starts, sequence_lengths, scale, sliding_window, False
+    )
+
+
+def paged_attention_deterministic(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    sequence_lengths: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """The same, where a token's bits depend on nothing but its own position, query, and the keys that it sees."""
+    return _paged(
+        query, key_cache, value_cache, block_tables, query_starts, sequence_lengths, scale, sliding_window, True
+    )
+
+
+def few_cut(group: int, head_size: int, itemsize: int) -> Cut:
+    """For sequences of a few tokens: bound by memory, so the smallest tile that tensor cores take."""
+    rows = max(16, triton.next_power_of_2(group))
+    return Cut(rows, 64 if head_size * itemsize <= 256 else 32, 4, 3)
+
+
+def many_cut(group: int, head_size: int, itemsize: int) -> Cut:
+    """For prompts and their chunks: bound by tensor cores."""
+    rows = max(128, triton.next_power_of_2(group))
+    return Cut(rows, 64 if head_size <= 128 else 32, 8, 3)
+
+
+def fixed_cut(group: int, head_size: int, itemsize: int) -> Cut:
+    """For both, where bits must not depend on which of them it is."""
+    rows = max(64, triton.next_power_of_2(group))
+    return Cut(rows, 64 if head_size <= 128 else 32, 4, 3)
+
+
+def _paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    sequence_lengths: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    deterministic: bool,
+) -> Tensor:
+    query = query if query.stride(2) == 1 else query.contiguous()
+    tokens, heads, size = query.shape
+    blocks, kv_heads, block_size, width = key_cache.shape
+    kind = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(key_cache.dtype, "float")
+    if kind == "int8" and width != size + 4:
+        raise ValueError(f"the int8 cache has rows of {width} bytes: heads of {size} need {size + 4}")
+    if not key_cache.is_contiguous() or not value_cache.is_contiguous():
+        raise ValueError("the caches must be contiguous")
+    sequences = query_starts.shape[0] - 1
+    group = heads // kv_heads
+    itemsize = key_cache.dtype.itemsize
+    longest = block_tables.shape[1] * block_size
+    output = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
+
+    # Each launch: the cut, whether it is the one for few tokens, the first number of tokens that it takes, programs.
+    few, many = few_cut(group, size, itemsize), many_cut(group, size, itemsize)
+    launches: list[tuple[Cut, bool, int, int]] = []
+    if deterministic:
+        cut = fixed_cut(group, size, itemsize)
+        launches.append((cut, tokens == sequences, 1, _tiles(tokens, sequences, cut.rows // group)))
+    else:
+        launches.append((few, True, 1, sequences))
+        if tokens > sequences:
+            few_tokens = few.rows // group
+            launches.append((many, False, few_tokens + 1, _tiles(tokens, sequences, many.rows // group)))
+
+    splits = _splits(query, kv_heads, max(launch[3] for launch in launches), longest, sliding_window, deterministic)
+    highest = totals = sums = output
+    if splits > 1:
+        highest, totals = (
+            torch.empty((splits, tokens, heads), dtype=torch.float32, device=query.device) for _ in range(2)
+        )
+        sums = torch.empty((splits, tokens, heads, size), dtype=torch.float32, device=query.device)
+    values = value_cache if kind == "float" else value_cache.view(torch.int16)
+    scales = [cache.view(torch.float32) if kind == "int8" else cache for cache in (key_cache, value_cache)]
+    first_scale = block_size * size // 4
+    for cut, is_few, first_of_many, programs in launches:
+        _attention_kernel[(programs, kv_heads, splits)](
+            query,
+            key_cache,
+            values,
+            *(part.flatten()[first_scale:] if kind == "int8" else part for part in scales),
+            output,
+            highest,
+            totals,
+            sums,
+            block_tables,
+            query_starts,
+            sequence_lengths,
+            scale * LOG2_E,
+            sliding_window or 0,
+            sequences,
+            tokens,
+            query.stride(0),
+            query.stride(1),
+            output.stride(0),
+            key_cache.stride(0),
+            0,
+            key_cache.stride(1),
+            key_cache.stride(0) // 4,
+            key_cache.stride(1) // 4,
+            block_tables.stride(0),
+            FEW=is_few,
+            FIRST_OF_MANY=first_of_many,
+            SPLITS=splits,
+            FIXED=FIXED_SPLIT if deterministic else 0,
+            WINDOWED=sliding_window is not None,
+            KIND=kind,
+            HEADS=heads,
+            GROUP=group,
+            D=size,
+            BLOCK=block_size,
+            M=cut.rows,
+            N=cut.keys,
+            STAGES=cut.stages,
+            PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+            num_warps=cut.warps,
+        )
+    if splits > 1:
+        _combine_kernel[(tokens, heads)](
+            highest, totals, sums, output, tokens, output.stride(0), SPLITS=splits, FIXED=deterministic, HEADS=heads, D=size,
+            num_warps=4,
+        )  # fmt: skip
+    return output
+
+
+def _tiles(tokens: int, sequences: int, tokens_of_tile: int) -> int:
+    """An upper bound of the tiles of all sequences, by shapes alone; so many programs number them."""
+    return sequences if tokens == sequences else tokens // tokens_of_tile + sequences
+
+
+def _splits(
+    query: Tensor, kv_heads: int, programs: int, longest: int, sliding_window: int | None, deterministic: bool
+) -> int:
+    """Into how many parts the keys are cut so that all multiprocessors have work."""
+    room = (1 << 28) // (4 * query.numel())  # 256 MiB of sums
+    wanted = 4 * multiprocessors(query.device)
+    if deterministic:
+        splits = -(-longest // FIXED_SPLIT)
+        return splits if programs * kv_heads < wanted // 2 and splits <= room else 1
+    if sliding_window is not None:
+        longest = min(longest, sliding_window + 1)
+    return max(1, min(wanted // (programs * kv_heads), longest // 256, room, 64))
