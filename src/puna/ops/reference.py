@@ -52,7 +52,7 @@ def quantize_rows(x: Tensor, scaling: InputScaling) -> ScaledRows:
         scales = divisor = scaling.static
     elif scaling.blocks:
         padded = F.pad(wide, (0, -wide.shape[-1] % SCALE_BLOCK))
-        scales = _fp8_scale(padded.view(*wide.shape[:-1], -1, SCALE_BLOCK).abs().amax(-1))
+        scales = _fp8_scale(padded.unflatten(-1, (padded.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)).abs().amax(-1))
         divisor = scales.repeat_interleave(SCALE_BLOCK, dim=-1)[..., : wide.shape[-1]]
     else:
         scales = divisor = _fp8_scale(wide.abs().amax(-1, keepdim=True))
@@ -60,8 +60,11 @@ def quantize_rows(x: Tensor, scaling: InputScaling) -> ScaledRows:
 
 
 def _fp8_scale(highest: Tensor) -> Tensor:
-    """The scale that puts the highest absolute value at 448; of zeros any will do that divides."""
-    return highest.clamp(min=1e-12) / FP8_MAX
+    """The scale that puts the highest absolute value at 448; of zeros any will do that divides.
+
+    A product, since torch divides by a Python number on GPUs, and only there, by multiplying with its inverse.
+    """
+    return highest.clamp(min=1e-12) * (1 / FP8_MAX)
 
 
 def scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -163,9 +166,14 @@ def attention(
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Writes key and value [T, K, D] into the caches [blocks, K, block size, D]; slot = block * block size + offset."""
+    """Writes key and value [T, K, D] into the caches [blocks, K, block size, D]; slot = block * block size + offset.
+
+    What is beyond the largest number of an FP8 cache becomes that number.
+    """
     block_size = key_cache.shape[2]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    if key_cache.dtype == FP8:
+        key, value = (part.clamp(-FP8_MAX, FP8_MAX) for part in (key, value))
     key_cache[blocks, :, offsets] = key.to(key_cache.dtype)
     value_cache[blocks, :, offsets] = value.to(value_cache.dtype)
 

@@ -3,11 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
 
-from puna.ops import OpSpec
+from puna.ops import OpSpec, triton_fp8, triton_norm, triton_pointwise, triton_rotary
+from puna.ops.triton_device import capability
+
+
+def _always(spec: OpSpec) -> str | None:
+    return None
+
+
+def _rotates(spec: OpSpec) -> str | None:
+    if spec.head_size % 2 or spec.head_size > 512:
+        return f"heads of {spec.head_size} numbers: the kernel takes even sizes up to 512"
+    return None
+
+
+def _has_fp8(spec: OpSpec) -> str | None:
+    if capability(spec.device) < (8, 9):
+        return "the GPU has no FP8: that needs compute capability 8.9"
+    return None
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A launcher, for a spec the reason why it does not serve it, or None, and the one of the deterministic mode, if that
+    is another."""
+
+    launcher: Callable[..., Any]
+    refusal: Callable[[OpSpec], str | None] = _always
+    deterministic: Callable[..., Any] | None = None
+
+
+_KERNELS: Final = MappingProxyType(
+    {
+        "embedding": _Kernel(triton_pointwise.embedding),
+        "add": _Kernel(triton_pointwise.add),
+        "rms_norm": _Kernel(triton_norm.rms_norm),
+        "add_rms_norm": _Kernel(triton_norm.add_rms_norm),
+        "rms_norm_scaled": _Kernel(triton_norm.rms_norm_scaled, _has_fp8),
+        "add_rms_norm_scaled": _Kernel(triton_norm.add_rms_norm_scaled, _has_fp8),
+        "quantize_rows": _Kernel(triton_pointwise.quantize_rows, _has_fp8),
+        "gated_activation": _Kernel(triton_pointwise.gated_activation),
+        "gated_activation_scaled": _Kernel(triton_pointwise.gated_activation_scaled, _has_fp8),
+        "scaled_linear": _Kernel(triton_fp8.scaled_linear, _has_fp8, triton_fp8.deterministic_scaled_linear),
+        "rotary": _Kernel(triton_rotary.rotary, _rotates),
+        "rotate_and_store": _Kernel(triton_rotary.rotate_and_store, _rotates),
+    }
+)
 
 
 def function(op: str, spec: OpSpec) -> Callable[..., Any] | str:
     """The launcher of an op, or the reason why there is none for this spec."""
-    return f"there is no kernel for {op}"
+    kernel = _KERNELS.get(op)
+    if kernel is None:
+        return f"there is no kernel for {op}"
+    if spec.deterministic and kernel.deterministic is not None:
+        return kernel.refusal(spec) or kernel.deterministic
+    return kernel.refusal(spec) or kernel.launcher
