@@ -65,7 +65,16 @@ NO_TORCH: Final = ("config/*", "mapping.py", "scheduling/*", "planning/*")
 
 # Imports inside functions: in these files, to keep the command line quick, and of these optional packages anywhere.
 LATE_IMPORT_FILES: Final = ("__init__.py", "cli/*")
-LATE_IMPORT_PACKAGES: Final = ("puna._kernels", "puna.ops.triton_table", "llguidance", "psutil", "ray", "triton")
+LATE_IMPORT_PACKAGES: Final = (
+    "puna._kernels",
+    "puna.ops.triton_logprobs",
+    "puna.ops.triton_sampling",
+    "puna.ops.triton_table",
+    "llguidance",
+    "psutil",
+    "ray",
+    "triton",
+)
 
 MUTABLE_CALLS: Final = frozenset(
     ["list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict", "ChainMap", "local"]

@@ -46,13 +46,13 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     A row with a NaN has NaN as its highest, and some id.
     """
-    logits = _rows_of(logits)
+    logits = rows_of(logits)
     rows, size = logits.shape
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     highest = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return ids, highest
-    splits, each = _split(rows, size, logits.device)
+    splits, each = split(rows, size, logits.device)
     if splits == 1:
         _peaks_kernel[(rows,)](
             logits, logits.stride(0), size, ids, highest, 1, each, TILE=_TILE, num_warps=_WARPS, enable_fp_fusion=False
@@ -64,7 +64,7 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits, logits.stride(0), size, part_ids, part_highest, splits, each, TILE=_TILE, num_warps=_WARPS,
         enable_fp_fusion=False,
     )  # fmt: skip
-    _join_peaks_kernel[(rows,)](part_ids, part_highest, ids, highest, splits, PARTS=_power(splits), num_warps=1)
+    _join_peaks_kernel[(rows,)](part_ids, part_highest, ids, highest, splits, PARTS=power_of_two(splits), num_warps=1)
     return ids, highest
 
 
@@ -85,7 +85,7 @@ def draw(
 
     Raises ValueError for a tensor of another shape or dtype.
     """
-    logits = _rows_of(logits)
+    logits = rows_of(logits)
     rows, size = logits.shape
     given = (
         ("temperature", temperature, torch.float32),
@@ -101,7 +101,7 @@ def draw(
     if rows == 0:
         return likeliest, highest
     device, stride = logits.device, logits.stride(0)
-    splits, each = _split(rows, size, device)
+    splits, each = split(rows, size, device)
     # What the cut rules out; without one, nothing.
     least = last_id = None
     if top_k is not None or top_p is not None:
@@ -127,7 +127,7 @@ def draw(
     token = torch.empty_like(likeliest)
     _point_kernel[(rows,)](
         logits, stride, size, highest, temperature, least, last_id, min_p, sums, tiles, uniform, likeliest, token,
-        TILE=_TILE, TILES=_power(tiles), num_warps=_WARPS, enable_fp_fusion=False,
+        TILE=_TILE, TILES=power_of_two(tiles), num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return token, highest
 
@@ -147,20 +147,22 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     return found
 
 
-def _rows_of(logits: Tensor) -> Tensor:
+def rows_of(logits: Tensor) -> Tensor:
+    """The logits with each row in one piece; raises ValueError for what is no matrix of floats."""
     if logits.dim() != 2 or logits.shape[1] == 0 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits are {logits.dtype} {tuple(logits.shape)}: give float32, bfloat16 or float16 [R, V]")
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _split(rows: int, size: int, device: torch.device) -> tuple[int, int]:
+def split(rows: int, size: int, device: torch.device) -> tuple[int, int]:
     """Programs that a row is cut among, and tiles for each of them: none without one."""
     tiles = triton.cdiv(size, _TILE)
     each = triton.cdiv(tiles, max(1, min(tiles, multiprocessors(device) * _PROGRAMS // rows)))
     return triton.cdiv(tiles, each), each
 
 
-def _power(count: int) -> int:
+def power_of_two(count: int) -> int:
+    """The lowest power of two that is not below: the sizes that a kernel's arrays may have."""
     return int(triton.next_power_of_2(count))
 
 

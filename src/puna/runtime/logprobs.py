@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -22,6 +22,9 @@ def candidates(logits: Tensor, k: int) -> list[tuple[tuple[int, float], ...]]:
     a NaN or infinity has none.
     """
     found: list[tuple[tuple[int, float], ...]] = []
+    if _looks_up(logits, k):
+        nothing = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        return [row.top for row in _on_gpu(logits, nothing, k)]
     for part in _parts(logits):
         values, ids = ops.top_k(part, k)
         logprobs = part.log_softmax(dim=1).gather(1, ids.clamp(max=part.shape[1] - 1))
@@ -35,6 +38,8 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogpr
     The rank is 1 and one more for each token with a higher logit, so that equals share it.
     """
     found: list[TokenLogprobs] = []
+    if _looks_up(logits, k):
+        return _on_gpu(logits, token_ids, k)
     for part, chosen in zip(_parts(logits), _parts(token_ids.unsqueeze(1), logits.shape[1]), strict=True):
         everything = part.log_softmax(dim=1)
         ranks = (part > part.gather(1, chosen)).sum(dim=1) + 1
@@ -49,6 +54,31 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogpr
     return found
 
 
+def _looks_up(logits: Tensor, k: int) -> bool:
+    """Whether kernels go over the logits once, without any log-probability that nobody asked for."""
+    return logits.is_cuda and ops.has_triton() and k <= ops.LOOKED_UP_ON_GPU and len(logits) > 0
+
+
+def _on_gpu(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogprobs]:
+    from puna.ops import triton_logprobs
+
+    found = triton_logprobs.token_logprobs(logits, token_ids, min(k, logits.shape[1]))
+    # In one copy to the host. Ids and ranks are exact as float64.
+    columns = (
+        token_ids.unsqueeze(1),
+        found.own.unsqueeze(1),
+        found.ranks.unsqueeze(1),
+        found.top_ids,
+        found.top_logprobs,
+    )
+    rows = torch.cat([column.double() for column in columns], dim=1).tolist()
+    width = found.top_ids.shape[1]
+    return [
+        TokenLogprobs(int(token), own, int(rank), _pairs_of(top[:width], top[width:]))
+        for token, own, rank, *top in rows
+    ]
+
+
 def _parts(x: Tensor, width: int | None = None) -> Iterator[Tensor]:
     """Some rows of x at a time, as many as have MAX_ELEMENTS with `width` columns."""
     if len(x) > 0:
@@ -56,7 +86,9 @@ def _parts(x: Tensor, width: int | None = None) -> Iterator[Tensor]:
 
 
 def _pairs(ids: Tensor, logprobs: Tensor) -> list[tuple[tuple[int, float], ...]]:
-    return [
-        tuple((token, logprob) for token, logprob in zip(row, values, strict=True) if logprob > -torch.inf)
-        for row, values in zip(ids.tolist(), logprobs.tolist(), strict=True)
-    ]
+    return [_pairs_of(row, values) for row, values in zip(ids.tolist(), logprobs.tolist(), strict=True)]
+
+
+def _pairs_of(ids: Sequence[float], logprobs: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    pairs = zip(ids, logprobs, strict=True)
+    return tuple((int(token), logprob) for token, logprob in pairs if logprob > -torch.inf)
