@@ -116,6 +116,12 @@ EXPECTED = (
     ("a | b\n--- | ---\nc | d", table("<thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>c</td><td>d</td></tr>"
      "</tbody>")),
     ("a | b\n---", "<p>a | b</p><hr>"),
+    ("so\na|b\n- | -\n\n- c\n\n  d|e\n  -|-", "<p>so</p>"
+     + table("<thead><tr><th>a</th><th>b</th></tr></thead><tbody></tbody>") + "<ul><li><p>c</p>"
+      + table("<thead><tr><th>d</th><th>e</th></tr></thead><tbody></tbody>") + "</li></ul>"),
+    ("- ```\n  a\n\n  b\n\n\nc", f"<ul><li>{code('', 'a' + chr(10) * 2 + 'b')}</li></ul><p>c</p>"),
+    ("- a\n  - b\n\n    c\n- d",
+     '<ul><li><p>a</p><ul class="loose"><li><p>b</p><p>c</p></li></ul></li><li><p>d</p></li></ul>'),
     ("<script>alert(1)</script>\n<img src=x onerror=alert(1)>",
      "<p>&lt;script&gt;alert(1)&lt;/script&gt;<br>&lt;img src=x onerror=alert(1)&gt;</p>"),
 )  # fmt: skip
@@ -151,11 +157,75 @@ def test_finished_blocks_are_not_rendered_again(page: ChatPage) -> None:
             const text = code.querySelector("code").firstChild;
             view.update("# a\\n\\nb\\n\\n```py\\nx = 12\\ny = 3");
             const isSame = root.contains(text) && text.data === "x = 12\\ny = 3" && code === root.children[2];
-            view.update("# a\\n\\nb\\n\\n```py\\nx = 12\\ny = 3\\n```\\n\\nc");
-            return [isSame, root.children[0] === heading, root.children[1] === paragraph, root.children.length];
+            const code_ = "# a\\n\\nb\\n\\n```py\\nx = 12\\ny = 3\\n```\\n\\n";
+            const before = code_ + "- c\\n  > d\\n\\n  | e | f |\\n  |---|---|\\n";
+            view.update(before + "  | g");
+            const last = root.querySelector("tbody tr");
+            const nodes = [...root.querySelectorAll("*")].filter((node) => !last.contains(node));
+            view.update(before + "  | g | h |\\n- i\\n\\nj");
+            const isThere = nodes.every((node) => root.contains(node));
+            return [isSame, root.children[0] === heading, root.children[1] === paragraph, isThere, nodes.length];
         }"""
     )
-    assert kept == [True, True, True, 4]
+    assert kept == [True, True, True, True, 22]
+
+
+SENTENCE = "some *text* and `code`, 長い文。 "
+LONG = {
+    "list": "- " + SENTENCE + "\n",
+    "list in an item": "   1. " + SENTENCE + "\n",
+    "loose list": "- " + SENTENCE + "\n\n",
+    "quote": "> " + SENTENCE + "\n>\n",
+    "table": f"| {SENTENCE} | b |\n",
+    "lines": SENTENCE + "\n",
+    "one line": SENTENCE,
+    "code": "    x = 1  # " + SENTENCE + "\n",
+}
+BEGINNINGS = {"list in an item": "- So:\n", "table": "| a | b |\n|---|---|\n", "code": "```py\n"}
+
+
+@pytest.mark.parametrize("name", list(LONG))
+def test_only_the_end_of_a_long_block_is_rendered_again(page: ChatPage, name: str) -> None:
+    """As many nodes for a token as there are in a paragraph's last part, however long the block is."""
+    text = BEGINNINGS.get(name, "") + LONG[name] * 2000
+    made, total, whole, grown = page.page.evaluate(
+        """async (text) => {
+            const { MarkdownView } = await import("/page/markdown.js");
+            let made = 0;
+            for (const method of ["createElement", "createTextNode"]) {
+                const original = document[method].bind(document);
+                document[method] = (...args) => { made++; return original(...args); };
+            }
+            const [once, root] = [document.createElement("div"), document.createElement("div")];
+            new MarkdownView(once).update(text);
+            const view = new MarkdownView(root);
+            view.update(text.slice(0, -200));
+            const most = [];
+            for (let end = text.length - 199; end <= text.length; end++) {
+                made = 0;
+                view.update(text.slice(0, end));
+                most.push(made);
+            }
+            return [Math.max(...most), root.querySelectorAll("*").length, once.innerHTML, root.innerHTML];
+        }""",
+        text,
+    )
+    assert whole == grown
+    if name == "code":
+        assert made == 0
+    else:
+        assert total > 4000
+        assert made < {"lines": 600, "one line": 600}.get(name, 10)
+
+
+def test_long_paragraphs_come_whole(page: ChatPage) -> None:
+    """Emphasis may end where a part does; no character is lost, and what grows is the same as what came at once."""
+    for text in (SENTENCE * 1000, "**" + "word " * 3000 + "**", "字" * 9000 + "。" + "字" * 9000, "x" * 20_000):
+        cuts = range(0, len(text), 997)
+        html = render(page, *(text[:end] for end in cuts), text)
+        assert html == render(page, text)
+        shown = re.sub("<[^>]*>", "", html)
+        assert re.sub(r"[*`\s]", "", shown) == re.sub(r"[*`\s]", "", text)
 
 
 ATTACKS = (
@@ -322,7 +392,7 @@ def test_other_schemes_are_no_links(page: ChatPage) -> None:
     ]
     schemes += ["jAvAsCrIpT:x", "\tjavascript:x", "https:x.org", "HTTP://X.org/", "mailto:a@b"]
     safe = page.page.evaluate(
-        "async (all) => { const { safeAddress } = await import('/page/markdown.js'); return all.map(safeAddress); }",
+        "async (all) => { const { safeAddress } = await import('/page/inline.js'); return all.map(safeAddress); }",
         schemes,
     )
     assert safe == [None] * 11 + ["https://x.org/", "http://x.org/", "mailto:a@b"]

@@ -16,6 +16,8 @@ _MEDIA_TYPES: Final = MappingProxyType(
         "style.css": "text/css",
         "app.js": "text/javascript",
         "api.js": "text/javascript",
+        "dom.js": "text/javascript",
+        "inline.js": "text/javascript",
         "markdown.js": "text/javascript",
         "message.js": "text/javascript",
         "store.js": "text/javascript",

@@ -1,7 +1,7 @@
 // The page: which conversation is shown, what is sent, what the server is doing. The last lines of the file start it.
 
 import * as api from "./api.js";
-import { el } from "./markdown.js";
+import { el } from "./dom.js";
 import { copyText, iconButton, MessageView } from "./message.js";
 import * as store from "./store.js";
 

@@ -1,6 +1,7 @@
 // One message on the page: an element that follows the message while it is being written.
 
-import { el, MarkdownView } from "./markdown.js";
+import { el, showText } from "./dom.js";
+import { MarkdownView } from "./markdown.js";
 
 const ACTIONS = {
   user: [["copy", "Copy"], ["edit", "Edit and send again"], ["delete", "Delete"]],
@@ -55,6 +56,7 @@ export class MessageView {
   #error = el("div", { class: "error" });
   #stats = el("span", { class: "stats" });
   #markdown = null; // where the text is markdown
+  #plain = document.createTextNode(""); // where it is not
   #thoughts;
   #frame = 0;
   #notBefore = 0;
@@ -73,8 +75,10 @@ export class MessageView {
       this.#content.after(this.#waiting, this.#calls, this.#note, this.#error);
     }
     this.element.append(foot);
-    if (isUser || isPlain) this.#content.classList.add("plain");
-    else this.#markdown = new MarkdownView(this.#content);
+    if (isUser || isPlain) {
+      this.#content.classList.add("plain");
+      this.#content.append(this.#plain);
+    } else this.#markdown = new MarkdownView(this.#content);
     this.#thoughts = new MarkdownView(this.#reasoning);
     this.#render();
   }
@@ -134,7 +138,7 @@ export class MessageView {
   #render() {
     const { role, content, reasoning = "", calls = [], note = "", error = "", stats } = this.message;
     if (this.#markdown) this.#markdown.update(content);
-    else if (this.#content.textContent !== content) this.#content.textContent = content;
+    else showText(this.#plain, content);
     if (role === "user") return;
     const isThinking = this.isRunning && !content;
     this.#details.hidden = !reasoning;
