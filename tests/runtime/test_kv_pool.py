@@ -6,8 +6,9 @@ import psutil
 import pytest
 import torch
 
-from puna.config import LLaMAConfig
+from puna.config import CacheDtype, LLaMAConfig
 from puna.distributed import NullCommunicator
+from puna.planning.memory import cached_head_bytes
 from puna.runtime.kv_pool import KVPool
 from puna.scheduling.step_plan import BlockCopy
 
@@ -42,6 +43,18 @@ def test_copies_are_of_one_windows_layers() -> None:
     pool.copy_blocks([BlockCopy(1, 1, 2), BlockCopy(0, 1, 5), BlockCopy(0, 5, 1), BlockCopy(1, 2, 0)])
     for caches in (pool.key_caches, pool.value_caches):
         assert [cache[:, 0, 0, 0].tolist() for cache in caches] == [[0, 5, 2, 3, 4, 1], [2, 1, 1]] * 2
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("fp8", torch.float8_e4m3fn), ("int8", torch.int8)])
+def test_caches_of_one_byte(dtype: CacheDtype, stored: torch.dtype) -> None:
+    pool = KVPool(CONFIG, NullCommunicator(), (6, 3), 4, dtype)
+    cache = pool.key_caches[0]
+    assert cache.dtype == stored
+    assert cache[0, 0].numel() == 4 * cached_head_bytes(CONFIG, dtype)
+    cache[1] = torch.ones(cache.shape[1:]).to(stored)
+    pool.copy_blocks([BlockCopy(0, 1, 5)])
+    assert (cache[5].float() == 1).all()
+    assert (cache[4].float() == 0).all()
 
 
 def test_blocks_that_nobody_uses_take_no_memory() -> None:

@@ -31,12 +31,14 @@ class CacheDtypeName(str, enum.Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 class Quantization(str, enum.Enum):
     bf16 = "bf16"
     int8 = "int8"
     int4 = "int4"
+    fp8 = "fp8"
 
 
 class EarlyStopping(str, enum.Enum):

@@ -12,6 +12,7 @@ from puna.layers.norm import RmsNorm
 from puna.layers.params import AttentionParams, KeyValueCacheParams
 from puna.layers.pieces import op_table
 from puna.layers.rotary import RotaryEmbedding
+from puna.ops.scaled import FP8
 
 Present = tuple[Tensor, Tensor]
 
@@ -43,6 +44,8 @@ class Attention(nn.Module):
         self.q_norm = RmsNorm(head_size, config, comm) if config.qk_norm else None
         self.k_norm = RmsNorm(head_size, config, comm) if config.qk_norm else None
         self.rotary = RotaryEmbedding(config)
+        # What keys and values are divided by before an FP8 cache holds them, so that they fit its range.
+        self.cache_scales = (1.0, 1.0)
         self.dense = RowLinear(heads * head_size, config.hidden_size, config.attn_output_bias, config, comm)
         self.ops = op_table(config, comm)
 
@@ -87,12 +90,15 @@ class Attention(nn.Module):
         key_cache = kv_cache_params.key_caches[self.local_layer_idx]
         value_cache = kv_cache_params.value_caches[self.local_layer_idx]
         tables = params.cache_tables[self.window_idx]
+        scale, value_scale = self.scale, 1.0
+        if self.cache_scales != (1.0, 1.0) and key_cache.dtype == FP8:
+            # The ops know of no scales: q @ (s k) = s (q @ k), and what weights sum up of values comes back scaled.
+            key_scale, value_scale = self.cache_scales
+            key, value, scale = key / key_scale, value / value_scale, scale * key_scale
         query, key = self.ops.rotate_and_store(query, key, value, cos_sin, key_cache, value_cache, tables.slot_mapping)
         if params.prompt_lengths is not None:
-            context = self.ops.prompt_attention(
-                query, key, value, params.prompt_lengths, self.scale, self.sliding_window
-            )
-            return context.flatten(1)
+            context = self.ops.prompt_attention(query, key, value, params.prompt_lengths, scale, self.sliding_window)
+            return self._scaled_back(context, value_scale)
         context = self.ops.paged_attention(
             query,
             key_cache,
@@ -100,10 +106,15 @@ class Attention(nn.Module):
             tables.block_tables,
             params.query_starts,
             params.sequence_lengths,
-            self.scale,
+            scale,
             self.sliding_window,
         )
-        return context.flatten(1)
+        return self._scaled_back(context, value_scale)
+
+    @staticmethod
+    def _scaled_back(context: Tensor, value_scale: float) -> Tensor:
+        """[T, H, D] -> [T, H * D]"""
+        return context.flatten(1) if value_scale == 1.0 else context.flatten(1) * value_scale
 
     def _angles(self, position_ids: Tensor, params: AttentionParams | None) -> tuple[Tensor, Tensor]:
         if params is not None:

@@ -73,6 +73,8 @@ def cached_head_bytes(config: LLaMAConfig, dtype: CacheDtype = "auto") -> int:
     """Bytes of one head's key, or value, of one token in the cache; int8 has a float32 scale beside the codes."""
     if dtype == "int8":
         return config.head_size + 4
+    if dtype == "fp8":
+        return config.head_size
     return config.head_size * DTYPE_BYTES[config.dtype if dtype == "auto" else dtype]
 
 

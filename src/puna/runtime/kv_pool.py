@@ -15,6 +15,7 @@ from puna.layers.params import KeyValueCacheParams
 from puna.layers.pieces import torch_dtype
 from puna.ops.cpu import INT8_SCALE_BYTES
 from puna.ops.pages import zero_pages
+from puna.ops.scaled import FP8
 from puna.runtime.machine import available_host_memory
 from puna.scheduling.step_plan import BlockCopy
 
@@ -45,7 +46,7 @@ class KVPool:
         self._window_ids = [config.window_idx(layer) for layer in layers]
         # The kernels keep the scales of int8 numbers in the same chunk, behind them.
         width = config.head_size + (INT8_SCALE_BYTES if dtype == "int8" else 0)
-        stored = torch.int8 if dtype == "int8" else torch_dtype(config.dtype if dtype == "auto" else dtype)
+        stored = _stored_dtype(config, dtype)
         shapes = [(num_blocks[i], kv_heads, block_size, width) for i in self._window_ids]
         self.key_caches, self.value_caches = (
             [_zeros(shape, stored, comm.device) for shape in shapes] for _ in range(2)
@@ -63,7 +64,14 @@ class KVPool:
             for caches in (self.key_caches, self.value_caches):
                 for cache, its_window in zip(caches, self._window_ids, strict=True):
                     if its_window == window_idx:
-                        cache[targets] = cache[sources]
+                        # As bytes where numbers have one: not every device has indexing for FP8.
+                        numbers = cache.view(torch.uint8) if cache.itemsize == 1 else cache
+                        numbers[targets] = numbers[sources]
+
+
+def _stored_dtype(config: LLaMAConfig, dtype: CacheDtype) -> torch.dtype:
+    one_byte = {"int8": torch.int8, "fp8": FP8}
+    return one_byte[dtype] if dtype in one_byte else torch_dtype(config.dtype if dtype == "auto" else dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
