@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
 from collections.abc import Callable
 from typing import Any
+
+import pytest
+import torch
 from torch import Tensor
 
 from puna.ops import reference, triton_norm
@@ -52,7 +53,8 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     x = numbers(*shape, dtype=dtype, device=device)
     weight = numbers(shape[-1], dtype=dtype, device=device, seed=1)
     found = triton_norm.rms_norm(x, weight, 1e-5)
-    assert found.dtype == dtype and found.shape == x.shape
+    assert found.dtype == dtype
+    assert found.shape == x.shape
     wide = x.double()
     assert_close(found, wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double())
     # What differs from the reference are roundings of the sum: rarely any, and never more than one step each.
@@ -111,7 +113,8 @@ def test_nan_and_infinity_come_through(device: torch.device) -> None:
     weight = torch.ones(256, device=device)
     assert bool(triton_norm.rms_norm(x, weight, 1e-5)[0].isnan().all())
     rows = triton_norm.rms_norm_scaled(x, weight, 1e-5, InputScaling())
-    assert bool(rows.scales[0].isnan().all()) and not bool(rows.scales[1].isnan().any())
+    assert bool(rows.scales[0].isnan().all())
+    assert not bool(rows.scales[1].isnan().any())
 
 
 def test_no_rows(device: torch.device) -> None:
@@ -141,5 +144,7 @@ def test_compiled_for_hopper(compiled_for_hopper: Callable[[str], list[dict[str,
     kernels = compiled_for_hopper("test_norm.compile_norms")
     assert len(kernels) == 5
     for kernel in kernels:
-        assert kernel["stack"] == 0 and not kernel.get("LDL") and not kernel.get("STL"), kernel
+        assert kernel["stack"] == 0, kernel
+        assert not kernel.get("LDL"), kernel
+        assert not kernel.get("STL"), kernel
         assert kernel["registers"] <= 64, kernel  # 1024 threads a multiprocessor at least

@@ -1,9 +1,9 @@
 """Rotary positions on GPUs, and the keys and values' way into the paged cache, in the same launch.
 
-A cache of floating-point numbers is [blocks, K, block size, D], each position's D numbers side by side. In an int8 cache,
-[blocks, K, block size, D + 4] bytes, each head of a block has its block size x D codes first, position by position, then
-a float32 scale for each position: number = code * scale, codes from -127 to 127. (The CPU's kernels have the same codes
-and scales in another order.) FP8 numbers are stored as they are, at most 448.
+A cache of floating-point numbers is [blocks, K, block size, D], each position's D numbers side by side; FP8 ones have
+no scale and are at most 448. In an int8 cache, [blocks, K, block size, D + 4] bytes, each head of a block has first its
+block size x D codes, position by position, then a float32 scale for each position: number = code * scale, codes from
+-127 to 127. (The CPU's kernels have the same codes and scales in another order.)
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def load_angles(cos, sin, start, column, HALF: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def store_heads(first, second, cache, scales, chunk, offset, block_size, column, inside, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Halves of heads, of the model's dtype, to position `offset` of the chunks [HEADS] of a cache; see the file's top."""
+    """Halves of heads, of the model's dtype, to position `offset` of the chunks [HEADS] of a cache: see the top."""
     HALF: tl.constexpr = SIZE // 2
     if cache.dtype.element_ty == tl.int8:
         # The bits of the CPU's kernels: a number that is not finite makes the scale NaN, and the codes zero.
@@ -94,14 +94,14 @@ def store_heads(first, second, cache, scales, chunk, offset, block_size, column,
 
 
 @triton.jit
-def cache_number(value, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    if value.dtype == DTYPE:
+def cache_number(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    if value.dtype == dtype:
         return value
     wide = value.to(tl.float32)
-    if DTYPE == tl.float8e4nv:
+    if dtype == tl.float8e4nv:
         wide = tl.where(wide > 448.0, 448.0, wide)
         wide = tl.where(wide < -448.0, -448.0, wide)
-    return rounded(wide, DTYPE)
+    return rounded(wide, dtype)
 
 
 @triton.jit

@@ -11,20 +11,20 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def rounded(value, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 to DTYPE, to the nearest, ties to even. For FP8, which has no infinity, first clamp to 448."""
+def rounded(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 to `dtype`, to the nearest, ties to even. For FP8, which has no infinity, first clamp to 448."""
     if INTERPRETED:
-        if DTYPE == tl.bfloat16:
+        if dtype == tl.bfloat16:
             bits = value.to(tl.int32, bitcast=True)
             up = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
             value = tl.where(value == value, up.to(tl.float32, bitcast=True), value)
-        elif DTYPE == tl.float8e4nv:
-            # Three bits behind the leading one, and no finer than the subnormal numbers: 2^-9.
+        elif dtype == tl.float8e4nv:
+            # Three bits behind the leading one, and no finer than the subnormal numbers, 2^-9. It makes NaN of 480.
             bits = value.to(tl.int32, bitcast=True)
             shift = tl.maximum((bits & 0x7F800000).to(tl.float32, bitcast=True), 2.0**-6) * (1.5 * 2**20)
-            nearest = ((value + shift) - shift).to(tl.int32, bitcast=True) | (bits & -0x80000000)  # also of -0
-            value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
-    return value.to(DTYPE)
+            nearest = ((value + shift) - shift).to(tl.int32, bitcast=True) | (bits & -0x80000000)  # the sign of -0 too
+            value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), 480.0)
+    return value.to(dtype)
 
 
 @triton.jit

@@ -57,7 +57,7 @@ def rows_of(x: Tensor) -> Rows:
 
 @dataclass(frozen=True)
 class Target:
-    """What a kernel writes rows [..., size] to: `values`, and where they are rounded also `scales`, or reads `static`."""
+    """What a kernel writes rows [..., size] to: `values`, and where they are rounded `scales`, or it reads `static`."""
 
     values: Tensor
     scales: Tensor
