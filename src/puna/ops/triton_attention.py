@@ -18,13 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from puna.ops.triton_device import multiprocessors
+from puna.ops.triton_rounding import INTERPRETED, rounded
 
 LOG2_E: Final = 1.4426950408889634
 # Keys after which the deterministic form starts new sums, which are then added up in order.
 FIXED_SPLIT: Final = 1024
 # Weights of int8 values carry the values' scales, which may be small; this keeps them out of float16's subnormals, and
 # values up to float16's highest below its infinity.
-_WEIGHT_SHIFT: Final = tl.constexpr(64.0)
+WEIGHT_SHIFT: Final = tl.constexpr(64.0)
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,68 @@ def _tile_of(program, query_starts, sequences, TOKENS: tl.constexpr):  # type: i
 
 
 @triton.jit
-def _codes(x):  # type: ignore[no-untyped-def]
-    """int8 codes in the low bytes of int16 -> float16: the bits of 1024 + 128 + code, less 1152; three instructions for
-    two codes, where a conversion is a slow one for each."""
-    return ((x & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+def _unpacked(pairs, KIND: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two bytes in each int16 -> the number in the lower one, the number in the higher one; both exact in float16.
+
+    A code becomes the bits of 1024 + 128 + code, less 1152: a conversion of integers would be an instruction, and a slow
+    one, for each. On the GPU both forms are spelled out, since compilers work on single bytes where these take four.
+    """
+    if INTERPRETED:
+        low, high = pairs & 0xFF, (pairs >> 8) & 0xFF
+        if KIND == "int8":
+            even = (low ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+            odd = (high ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
+        else:
+            even = low.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+            odd = high.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    elif KIND == "int8":
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 high, bias;
+            mov.b32 bias, 0x64806480;
+            shr.b32 high, $2, 8;
+            lop3.b32 $0, $2, 0x00ff00ff, bias, 0x6a;
+            lop3.b32 $1, high, 0x00ff00ff, bias, 0x6a;
+            sub.f16x2 $0, $0, bias;
+            sub.f16x2 $1, $1, bias;
+            }""",
+            "=&r,=&r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 low, high;
+            prmt.b32 sorted, $2, $2, 0x3120;
+            mov.b32 {low, high}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }""",
+            "=&r,=&r,r",
+            [pairs],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return even.to(DTYPE), odd.to(DTYPE)
 
 
 @triton.jit
-def _bytes(x, KIND: tl.constexpr, to):  # type: ignore[no-untyped-def]
-    """The low bytes of int16 as the numbers that they encode."""
-    if KIND == "int8":
-        return _codes(x).to(to)
-    return (x & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(to)
+def _tile(base, rows, d, present, SIZE: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SIZE numbers of each row, zeros up to a power of two and, where MASKED, in rows that are not present."""
+    pointers = base + rows[:, None] + d[None, :]
+    WHOLE: tl.constexpr = triton.next_power_of_2(SIZE) == SIZE
+    if MASKED and WHOLE:
+        return tl.load(pointers, mask=present[:, None], other=0)
+    if MASKED:
+        return tl.load(pointers, mask=present[:, None] & (d < SIZE)[None, :], other=0)
+    if WHOLE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(rows[:, None] >= 0) & (d < SIZE)[None, :], other=0)
 
 
 @triton.jit
@@ -79,6 +130,7 @@ def _merge(highest, total, sums, odd_sums, highest2, total2, sums2, odd_sums2): 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
     query,
+    odd_query,
     positions,
     keys,
     values,
@@ -101,44 +153,44 @@ def _attend(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     KIND: tl.constexpr,
-    D: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the keys begin .. end - 1, of which begin is a multiple of N, to what is summed up so far."""
-    D_PADDED: tl.constexpr = triton.next_power_of_2(D)
+    """Adds the keys begin .. end - 1, of which begin is a multiple of N, to what is summed up so far.
+
+    SIZE: of a row, in numbers, or in pairs of bytes. total: [M], or [M, N] to be added up in the end.
+    """
     PAIRED: tl.constexpr = KIND != "float"
-    d = tl.arange(0, D_PADDED)
-    pair = tl.arange(0, D_PADDED // 2)
+    d = tl.arange(0, triton.next_power_of_2(SIZE))
+    # Blocks are looked up one tile ahead: a load whose address is another load's result would halve the pipeline's depth.
+    n = begin + tl.arange(0, N)
+    if BLOCK > 0:
+        next_blocks = tl.load(table + n.to(tl.uint32) // BLOCK, mask=(n >= oldest) & (n < length), other=0)
     for start in tl.range(begin, end, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
-        present = (n >= oldest) & (n < length)
-        # Where each row is, in elements of the keys' type. What is not there is read from the first block and not used.
+        present = n < length
+        if WINDOWED:
+            present = present & (n >= oldest)
+        # Where each row is; what is not present is read from some block, and not used.
         if BLOCK == 0:
             rows = n.to(tl.int64) * row_stride
-        elif BLOCK % N == 0:
-            block = tl.load(table + start // BLOCK).to(tl.int64)
-            rows = block * block_stride + (start % BLOCK + tl.arange(0, N)) * D
         else:
-            blocks = tl.load(table + n // BLOCK, mask=present, other=0).to(tl.int64)
-            rows = blocks * block_stride + n % BLOCK * D
-        if BLOCK == 0 and MASKED:
-            key_mask = (d < D)[None, :] & present[:, None]
-        elif D == D_PADDED:
-            key_mask = None
+            blocks = next_blocks.to(tl.int64)
+            next_blocks = tl.load(table + (n + N).to(tl.uint32) // BLOCK, mask=n + N < length, other=0)
+            offsets = (n.to(tl.uint32) % BLOCK).to(tl.int32)
+            rows = blocks * block_stride + offsets * SIZE
+        key = _tile(keys, rows, d, present, SIZE, MASKED and BLOCK == 0)
+        if PAIRED:
+            even, odd = _unpacked(key, KIND, query.dtype)
+            scores = tl.dot(query, tl.trans(even), input_precision=PRECISION)
+            scores = tl.dot(odd_query, tl.trans(odd), scores, input_precision=PRECISION)
         else:
-            key_mask = (d < D)[None, :] & (n >= 0)[:, None]
-        key = tl.load(keys + rows[:, None] + d[None, :], mask=key_mask, other=0.0 if key_mask is not None else None)
+            scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
         if KIND == "int8":
-            key = _codes(key.to(tl.int16)).to(query.dtype)
-        scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
-        if KIND == "int8":
-            if BLOCK % N == 0:
-                at = block * scale_stride + start % BLOCK + tl.arange(0, N)
-            else:
-                at = blocks * scale_stride + n % BLOCK
+            at = blocks * scale_stride + offsets
             scores = scores * tl.load(key_scales + at)[None, :]
         if MASKED:
             visible = n[None, :] <= positions[:, None]
@@ -147,42 +199,24 @@ def _attend(  # type: ignore[no-untyped-def]
             scores = tl.where(visible, scores, float("-inf"))
         top = tl.maximum(highest, tl.max(scores, 1) * scale)
         safe = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
-        # As written, so that a token's bits don't depend on which instructions a compiler joins where.
+        # As written, so that a token's bits don't depend on which operations a compiler joins where.
         weights = tl.exp2(tl.fma(scores, scale, -safe[:, None]))
         shrink = tl.exp2(highest - safe)
-        total = tl.fma(total, shrink, tl.sum(weights, 1))
+        if len(total.shape) == 2:
+            total = tl.fma(total, shrink[:, None], weights)
+        else:
+            total = tl.fma(total, shrink, tl.sum(weights, 1))
         sums = sums * shrink[:, None]
         if KIND == "int8":
-            weights = weights * (tl.load(value_scales + at, mask=present, other=0.0) * _WEIGHT_SHIFT)[None, :]
+            weights = weights * (tl.load(value_scales + at, mask=present, other=0.0) * WEIGHT_SHIFT)[None, :]
         weights = weights.to(query.dtype)
+        value = _tile(values, rows, d, present, SIZE, MASKED)
         if PAIRED:
-            # Two neighbours of a row as one int16: tensor cores want pairs of *keys* in a register, for which there are
-            # instructions that transpose 16 bits at a time, but none for 8.
-            if MASKED:
-                value_mask = (pair < D // 2)[None, :] & present[:, None]
-            elif D == D_PADDED:
-                value_mask = None
-            else:
-                value_mask = (pair < D // 2)[None, :] & (n >= 0)[:, None]
-            both = tl.load(
-                values + (rows // 2)[:, None] + pair[None, :],
-                mask=value_mask,
-                other=0 if value_mask is not None else None,
-            )
             odd_sums = odd_sums * shrink[:, None]
-            even, odd = _bytes(both, KIND, query.dtype), _bytes(both >> 8, KIND, query.dtype)
+            even, odd = _unpacked(value, KIND, query.dtype)
             sums = tl.dot(weights, even, sums, input_precision=PRECISION)
             odd_sums = tl.dot(weights, odd, odd_sums, input_precision=PRECISION)
         else:
-            if MASKED:
-                value_mask = (d < D)[None, :] & present[:, None]
-            elif D == D_PADDED:
-                value_mask = None
-            else:
-                value_mask = (d < D)[None, :] & (n >= 0)[:, None]
-            value = tl.load(
-                values + rows[:, None] + d[None, :], mask=value_mask, other=0.0 if value_mask is not None else None
-            )
             sums = tl.dot(weights, value.to(query.dtype), sums, input_precision=PRECISION)
         highest = top
     return highest, total, sums, odd_sums
@@ -240,6 +274,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr = M // GROUP
     D_PADDED: tl.constexpr = triton.next_power_of_2(D)
     PAIRED: tl.constexpr = KIND != "float"
+    SIZE: tl.constexpr = D // 2 if PAIRED else D
     kv_head, split = tl.program_id(1), tl.program_id(2)
     if FEW:
         sequence, tile = tl.program_id(0), 0
@@ -255,6 +290,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         return
     length = tl.load(sequence_lengths + sequence)
 
+    d = tl.arange(0, D_PADDED)
     # Row r of the tile is token r / GROUP and head r % GROUP.
     r = tl.arange(0, M)
     token = tile * TOKENS + r // GROUP
@@ -265,22 +301,27 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     first_position = length - count + tile * TOKENS
     last_position = tl.minimum(first_position + TOKENS, length) - 1
 
-    d = tl.arange(0, D_PADDED)
     row = (first_row + token).to(tl.int64)
-    q = tl.load(
-        query + row[:, None] * query_stride + head[:, None] * head_stride + d[None, :],
-        mask=real[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    if PAIRED and q.dtype != tl.float32:
-        # Every e4m3 number and int8 code is a float16, and weights are rounded less than in bfloat16.
-        q = q.to(tl.float16)
+    query += row[:, None] * query_stride + head[:, None] * head_stride
+    if PAIRED:
+        # Bytes are read in pairs, two neighbours of a row as one int16, and taken apart into the even and the odd ones:
+        # tensor cores want two *keys'* values in a register, and only 16 bits at a time are transposed on the way from
+        # shared memory. Every code and e4m3 number is a float16, and in these weights are rounded less than in bfloat16.
+        pair = tl.arange(0, D_PADDED // 2)
+        pair_mask = real[:, None] & (pair < D // 2)[None, :]
+        q = tl.load(query + 2 * pair[None, :], mask=pair_mask, other=0.0)
+        odd_q = tl.load(query + 2 * pair[None, :] + 1, mask=pair_mask, other=0.0)
+        if q.dtype != tl.float32:
+            q, odd_q = q.to(tl.float16), odd_q.to(tl.float16)
+    else:
+        q = tl.load(query + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+        odd_q = q
 
     if BLOCK == 0:
         keys += (first_row - (length - count)).to(tl.int64) * row_stride
         values += (first_row - (length - count)).to(tl.int64) * row_stride
     keys += kv_head * kv_head_stride
-    values += kv_head * kv_head_stride // 2 if PAIRED else kv_head * kv_head_stride
+    values += kv_head * kv_head_stride
     key_scales += kv_head * kv_head_scale_stride
     value_scales += kv_head * kv_head_scale_stride
     table = block_tables + sequence.to(tl.int64) * table_stride
@@ -299,18 +340,19 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         end = tl.minimum(end, begin + part)
 
     highest = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
+    # Of few rows each thread adds up its own weights, and these are added up in the end: sums across threads take time.
+    total = tl.zeros([M, N] if M <= 16 else [M], tl.float32)
     sums = tl.zeros([M, D_PADDED // 2 if PAIRED else D_PADDED], tl.float32)
     odd_sums = tl.zeros([M, D_PADDED // 2 if PAIRED else 1], tl.float32)
     if FIXED > 0 and SPLITS == 1:
         for first in range(begin, end, FIXED):
             highest2, total2, sums2, odd_sums2 = _attend(
-                q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride, scale_stride,
+                q, odd_q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride, scale_stride,
                 tl.maximum(first, oldest // N * N), tl.minimum(first + FIXED, end), oldest, length, window, scale,
                 tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32),
                 tl.zeros([M, D_PADDED // 2 if PAIRED else D_PADDED], tl.float32),
                 tl.zeros([M, D_PADDED // 2 if PAIRED else 1], tl.float32),
-                True, WINDOWED, KIND, D, BLOCK, N, STAGES, PRECISION,
+                True, WINDOWED, KIND, SIZE, BLOCK, N, STAGES, PRECISION,
             )  # fmt: skip
             highest, total, sums, odd_sums = _merge(
                 highest, total, sums, odd_sums, highest2, total2, sums2, odd_sums2
@@ -323,31 +365,33 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                 partly = tl.minimum(tl.cdiv(tl.maximum(last_position - window + 1, 0), N) * N, end)
                 partly = tl.maximum(partly, begin)
                 highest, total, sums, odd_sums = _attend(
-                    q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
+                    q, odd_q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
                     scale_stride, begin, partly, oldest, length, window, scale, highest, total, sums, odd_sums,
-                    True, WINDOWED, KIND, D, BLOCK, N, STAGES, PRECISION,
+                    True, WINDOWED, KIND, SIZE, BLOCK, N, STAGES, PRECISION,
                 )  # fmt: skip
                 begin = partly
             highest, total, sums, odd_sums = _attend(
-                q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
+                q, odd_q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
                 scale_stride, begin, whole, oldest, length, window, scale, highest, total, sums, odd_sums,
-                False, WINDOWED, KIND, D, BLOCK, N, STAGES, PRECISION,
+                False, WINDOWED, KIND, SIZE, BLOCK, N, STAGES, PRECISION,
             )  # fmt: skip
             begin = tl.maximum(whole, begin)
         highest, total, sums, odd_sums = _attend(
-            q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
+            q, odd_q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
             scale_stride, begin, end, oldest, length, window, scale, highest, total, sums, odd_sums,
-            True, WINDOWED, KIND, D, BLOCK, N, STAGES, PRECISION,
+            True, WINDOWED, KIND, SIZE, BLOCK, N, STAGES, PRECISION,
         )  # fmt: skip
 
+    if M <= 16:
+        total = tl.sum(total, 1)
     if KIND == "int8":
-        sums, odd_sums = sums / _WEIGHT_SHIFT, odd_sums / _WEIGHT_SHIFT
+        sums, odd_sums = sums / WEIGHT_SHIFT, odd_sums / WEIGHT_SHIFT
     result = tl.interleave(sums, odd_sums) if PAIRED else sums
     mask = real[:, None] & (d < D)[None, :]
     if SPLITS == 1:
         result = result / tl.where(total == 0.0, 1.0, total)[:, None]
         out = output + row[:, None] * output_stride + head[:, None] * D + d[None, :]
-        tl.store(out, result.to(output.dtype.element_ty), mask=mask)
+        tl.store(out, rounded(result, output.dtype.element_ty), mask=mask)
     else:
         at = (split.to(tl.int64) * tokens + row) * HEADS + head
         tl.store(partial_highest + at, highest, mask=real)
@@ -388,7 +432,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
         result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(
             output + token.to(tl.int64) * output_stride + head * D + d[None, :],
-            result.to(output.dtype.element_ty),
+            rounded(result, output.dtype.element_ty),
             mask=(d < D)[None, :],
         )
     else:
@@ -403,7 +447,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
         everything = tl.sum(total * factors, 0)
         result = tl.sum(sums * factors[:, None], 0) / tl.where(everything == 0.0, 1.0, everything)
         out = output + token.to(tl.int64) * output_stride + head * D + d
-        tl.store(out, result.to(output.dtype.element_ty), mask=d < D)
+        tl.store(out, rounded(result, output.dtype.element_ty), mask=d < D)
 
 
 def paged_attention(
@@ -500,13 +544,13 @@ def _paged(
             torch.empty((splits, tokens, heads), dtype=torch.float32, device=query.device) for _ in range(2)
         )
         sums = torch.empty((splits, tokens, heads, size), dtype=torch.float32, device=query.device)
-    values = value_cache if kind == "float" else value_cache.view(torch.int16)
+    keys, values = (cache if kind == "float" else cache.view(torch.int16) for cache in (key_cache, value_cache))
     scales = [cache.view(torch.float32) if kind == "int8" else cache for cache in (key_cache, value_cache)]
     first_scale = block_size * size // 4
     for cut, is_few, first_of_many, programs in launches:
         _attention_kernel[(programs, kv_heads, splits)](
             query,
-            key_cache,
+            keys,
             values,
             *(part.flatten()[first_scale:] if kind == "int8" else part for part in scales),
             output,
@@ -523,11 +567,11 @@ def _paged(
             query.stride(0),
             query.stride(1),
             output.stride(0),
-            key_cache.stride(0),
+            keys.stride(0),
             0,
-            key_cache.stride(1),
-            key_cache.stride(0) // 4,
-            key_cache.stride(1) // 4,
+            keys.stride(1),
+            scales[0].stride(0),
+            scales[0].stride(1),
             block_tables.stride(0),
             FEW=is_few,
             FIRST_OF_MANY=first_of_many,
