@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+Capture = Literal["lazy", "eager"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,10 @@ class EngineConfig:
     threads: of the compiled CPU kernels, for the whole process; None means what this process may use.
     step_timeout: seconds after which a step counts as hanging, and the engine fails; None means that it may last.
     enforce_eager: run every step in Python instead of replaying recorded ones.
+    capture: whether steps are captured on GPUs when they first come ("lazy") or all at the start ("eager").
+    gpu_memory_utilization: the part of a GPU's memory that weights, workspace and cache may take together.
+    deterministic: no result depends, in any bit, on what is computed beside it; costs time on GPUs, and holds on the
+        compiled CPU kernels anyway.
     """
 
     max_model_len: int | None = None
@@ -38,6 +43,9 @@ class EngineConfig:
     threads: int | None = None
     step_timeout: float | None = None
     enforce_eager: bool = False
+    capture: Capture = "lazy"
+    gpu_memory_utilization: float = 0.9
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_skips"):
@@ -50,5 +58,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1, or None")
+        if self.capture not in get_args(Capture):
+            raise ValueError(f"capture is {self.capture!r}: use one of {', '.join(get_args(Capture))}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must be above 0, at most 1")
         if self.step_timeout is not None and not self.step_timeout > 0:
             raise ValueError(f"step_timeout is {self.step_timeout}: it must be seconds, or None")

@@ -18,9 +18,10 @@ import torch
 from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint
 from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
 from puna.distributed import NullCommunicator
-from puna.engine.executor import Executor, ExecutorEnded, LocalExecutor, StepTimeout, result_within
+from puna.engine.executor import Executor, ExecutorEnded, StepTimeout, result_within
 from puna.engine.output_processor import OutputProcessor
 from puna.engine.outputs import RequestDelta
+from puna.engine.placement import Placement
 from puna.engine.recommended_pooling import recommended_pooling
 from puna.engine.request_trace import RequestTrace
 from puna.engine.token_bytes import TokenBytes
@@ -28,13 +29,11 @@ from puna.engine.tokenizer import Tokenizer
 from puna.models import LLaMAForCausalLM, model_loader
 from puna.models.loading import ModelLoader, resolved_config
 from puna.ops import cpu
-from puna.planning.memory_plan import Capacity, MemoryPlan, plan_memory
+from puna.planning.memory_plan import Capacity, MemoryPlan
+from puna.runtime.cuda import accelerator_of, usable_device
 from puna.runtime.guided import GrammarCompiler
-from puna.runtime.kv_pool import KVPool, available_memory
 from puna.runtime.machine import usable_cpus
-from puna.runtime.model_runner import ModelRunner
 from puna.runtime.sampler import Sampler, validate
-from puna.runtime.step_buffers import StepBuffers
 from puna.runtime.tracing import Tracer
 from puna.scheduling.beams import BeamParams
 from puna.scheduling.block_manager import BlockManager
@@ -146,6 +145,8 @@ class Engine:
                 f"max_model_len is {max_model_len}, but the model's context is {config.context_length}: ask for at "
                 "most that"
             )
+        device = usable_device(device)
+        accelerator = accelerator_of(device)
         comm = NullCommunicator(device)
         loader = _loader(checkpoint, config, comm, quantization, engine_config)
         capacity = Capacity(
@@ -155,14 +156,10 @@ class Engine:
             block_size=engine_config.block_size,
             kv_cache_dtype=engine_config.kv_cache_dtype,
         )
-        memory = plan_memory(
-            config,
-            comm.mapping,
-            capacity,
-            available_memory(comm.device),
-            engine_config.kv_cache_memory,
-            loader.weight_bytes,
+        placement = Placement(
+            config=loader.config, comm=comm, capacity=capacity, engine_config=engine_config, accelerator=accelerator
         )
+        memory = placement.plan(loader.weight_bytes)
         cpu.set_threads(engine_config.threads or min(usable_cpus(), torch.get_num_threads()))
         network = loader.load(progress)
         limits = SchedulerLimits(
@@ -172,25 +169,17 @@ class Engine:
             max_skips=engine_config.max_skips,
             max_scored_tokens=capacity.max_scored_tokens,
         )
-        blocks = BlockManager(
-            memory.num_blocks, capacity.block_size, config.windows, engine_config.enable_prefix_caching
-        )
         eos = _eos_token_ids(checkpoint.generation_config, tokenizer)
         grammars = GrammarCompiler(TokenBytes(tokenizer), eos, config.vocab_size)
-        runner = ModelRunner(
+        executor, memory = placement.executor(
             network,
-            KVPool(config, comm, memory.num_blocks, capacity.block_size, capacity.kv_cache_dtype),
-            StepBuffers(
-                capacity.max_num_batched_tokens,
-                capacity.max_num_seqs,
-                -(-max_model_len // capacity.block_size),
-                capacity.block_size,
-                comm.device,
-                len(config.windows),
-            ),
+            memory,
             Sampler(config.vocab_size, comm.device, grammars),
-            use_buckets=loader.config.quant != "none" and not engine_config.enforce_eager,
-            tracer=tracer,
+            loader.config.quant != "none" and not engine_config.enforce_eager,
+            tracer,
+        )
+        blocks = BlockManager(
+            memory.num_blocks, capacity.block_size, config.windows, engine_config.enable_prefix_caching
         )
         return cls(
             EngineParts(
@@ -199,7 +188,7 @@ class Engine:
                 engine_config=engine_config,
                 tokenizer=tokenizer,
                 scheduler=Scheduler(limits, blocks),
-                executor=LocalExecutor(runner, tracer),
+                executor=executor,
                 grammars=grammars,
                 memory=memory,
                 pooling=pooling,

@@ -10,10 +10,12 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Final, Protocol
 
+from puna.runtime.async_runner import AsyncModelRunner
 from puna.runtime.model_runner import ModelRunner
 from puna.runtime.tracing import Tracer
 from puna.scheduling.step_plan import StepPlan, StepResult
@@ -75,6 +77,7 @@ class LocalExecutor:
         self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="puna-step", daemon=True)
         self._thread.start()
+        self._threads = [self._thread]
         # A program may end without a word to its engine; its last step must not run while the interpreter goes away.
         atexit.register(self.shutdown)
 
@@ -91,30 +94,41 @@ class LocalExecutor:
         atexit.unregister(self.shutdown)
         self._end("the executor was shut down")
         self._plans.put(None)
-        if wait:
-            self._thread.join()
-        elif (frame := sys._current_frames().get(self._thread.ident or 0)) is not None:
-            _log.error("what the step hangs in:\n%s", "".join(traceback.format_stack(frame)))
+        for thread in self._threads:
+            if wait:
+                thread.join()
+            elif (frame := sys._current_frames().get(thread.ident or 0)) is not None:
+                _log.error("what the step hangs in:\n%s", "".join(traceback.format_stack(frame)))
 
     def _run(self) -> None:
         try:
             while (plan := self._plans.get()) is not None and not self._has_ended:
-                try:
-                    result = self._execute(plan)
-                except BaseException as error:  # also what was meant to end this thread: it is the engine that ends
-                    self._take_future().set_exception(error)
-                else:
-                    self._take_future().set_result(result)
+                self._step(plan)
         finally:
             self._end("the thread that runs the steps has died")
+
+    def _step(self, plan: StepPlan) -> None:
+        self._settle(lambda: self._execute(plan))
+
+    def _settle(self, result_of: Callable[[], StepResult]) -> None:
+        """Gives the oldest step its result, or the error that comes instead."""
+        try:
+            result = result_of()
+        except BaseException as error:  # also what was meant to end this thread: it is the engine that ends
+            self._take_future().set_exception(error)
+        else:
+            self._take_future().set_result(result)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         start = time.monotonic()
         result = self._runner.execute(plan)
+        self._trace("step", plan, start)
+        return result
+
+    def _trace(self, name: str, plan: StepPlan, start: float) -> None:
         if self._tracer is not None:
             self._num_steps += 1
-            self._tracer.span("steps", "step", start, time.monotonic(), _describe(plan) | {"step": self._num_steps})
-        return result
+            self._tracer.span("steps", name, start, time.monotonic(), _describe(plan) | {"step": self._num_steps})
 
     def _take_future(self) -> Future[StepResult]:
         with self._lock:
@@ -127,6 +141,49 @@ class LocalExecutor:
             self._futures.clear()
         for future in left:
             future.set_exception(ExecutorEnded(reason))
+
+
+class AsyncExecutor(LocalExecutor):
+    """Launches steps in one thread and reads their results in another.
+
+    So a step is launched as soon as it is planned, behind the one that the device is at, and what that one gave is
+    read while the device goes on.
+    """
+
+    def __init__(self, runner: AsyncModelRunner, tracer: Tracer | None = None) -> None:
+        self._launcher = runner
+        self._launched: queue.SimpleQueue[Callable[[], StepResult] | None] = queue.SimpleQueue()
+        super().__init__(runner, tracer)
+        self._reader = threading.Thread(target=self._read, name="puna-results", daemon=True)
+        self._reader.start()
+        self._threads.append(self._reader)
+
+    def _run(self) -> None:
+        try:
+            super()._run()
+        finally:
+            self._launched.put(None)
+
+    def _step(self, plan: StepPlan) -> None:
+        start = time.monotonic()
+        try:
+            result_of = self._launcher.launch(plan).result
+        except BaseException as error:  # it is told in its turn, behind the steps before
+            result_of = _raising(error)
+        else:
+            self._trace("launch", plan, start)
+        self._launched.put(result_of)
+
+    def _read(self) -> None:
+        while (result_of := self._launched.get()) is not None:
+            self._settle(result_of)
+
+
+def _raising(error: BaseException) -> Callable[[], StepResult]:
+    def result() -> StepResult:
+        raise error
+
+    return result
 
 
 def _describe(plan: StepPlan) -> dict[str, int]:

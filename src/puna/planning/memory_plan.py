@@ -49,6 +49,9 @@ def plan_memory(
     available: int,
     kv_cache_memory: int | None = None,
     weights: int | None = None,
+    *,
+    workspace: int | None = None,
+    cache_share: float | None = None,
 ) -> MemoryPlan:
     """Sums up a rank's memory and sizes its cache: as `kv_cache_memory` says, or what all sequences can need at once
     if that fits into most of what is left. All ranks get the same plan, which is that of the fullest one.
@@ -56,12 +59,13 @@ def plan_memory(
     Where layers have different windows, each has as many blocks as the others while that is of use: so there are never
     fewer of any than if all layers shared one table, and what windowed layers can't use goes to the others.
 
-    `available`, `kv_cache_memory` and `weights` are bytes; `weights` None means those of a model that is not quantised.
+    `available`, `kv_cache_memory`, `weights` and `workspace` are bytes; `weights` None means those of a model that is
+    not quantised, `workspace` None an upper estimate. `cache_share` is what the cache may take at most of what is left.
     Raises ValueError, with the sums and the largest context and batch that
     would fit, where not even one sequence of `max_model_len` tokens does.
     """
     weights = _weights(config, mapping) if weights is None else weights
-    workspace = _workspace(config, capacity)
+    workspace = _workspace(config, capacity) if workspace is None else workspace
     left = available - weights - workspace
     if left <= 0:
         raise ValueError(
@@ -76,7 +80,7 @@ def plan_memory(
                 f"{_gib(workspace)} only {_gib(max(left, 0))} of {_gib(available)} are free: ask for less"
             )
     else:
-        budget, source = int(left * _CACHE_SHARE), "the cache"
+        budget, source = int(left * (_CACHE_SHARE if cache_share is None else cache_share)), "the cache"
     needed = _cache_bytes(config, mapping, _num_blocks(config, capacity, 1), capacity)
     if needed > budget:
         longest = longest_context(config, mapping, capacity, budget)

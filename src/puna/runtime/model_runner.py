@@ -59,11 +59,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs one step. Sequences whose sampling fails are named in the result's errors."""
-        for ended in plan.ended_sequences:
-            self.sampler.remove(ended)
-            self.pooler.remove(ended)
-        for new in plan.new_sequences:
-            self.sampler.add(new)
+        self._take_notice(plan)
         if not plan.rows:
             return StepResult((), {}, {}, {})
         self.pool.copy_blocks(plan.copies)
@@ -75,6 +71,14 @@ class ModelRunner:
         if self._tracer is not None:
             self._tracer.span("steps", "sample", start, time.monotonic(), {"tokens": len(result.tokens)})
         return result
+
+    def _take_notice(self, plan: StepPlan) -> None:
+        """Of sequences that are new or have ended."""
+        for ended in plan.ended_sequences:
+            self.sampler.remove(ended)
+            self.pooler.remove(ended)
+        for new in plan.new_sequences:
+            self.sampler.add(new)
 
     def _pool_and_choose(self, plan: StepPlan) -> StepResult:
         """A step that has prompts to pool: in Python, since a recorded one keeps nothing but its logits."""

@@ -25,7 +25,16 @@ from puna.runtime.sequence_state import GrammarSource, Matcher, SequenceState
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.step_plan import NewSequence, SampledToken, TokenLogprobs
 
-__all__ = ["GrammarSource", "Matcher", "SampleOutput", "Sampler", "candidates", "token_logprobs", "validate"]
+__all__ = [
+    "GrammarSource",
+    "Matcher",
+    "SampleOutput",
+    "Sampler",
+    "candidates",
+    "row_error",
+    "token_logprobs",
+    "validate",
+]
 
 # Logits that are worked on at a time. Where torch does that on the CPU, two rows of 128k, or eight of 32k: 1 MiB, so
 # that each step finds in the cache what the one before wrote. Measured: 2**19 and more take up to twice as long for
@@ -110,6 +119,10 @@ class Sampler:
         if self._states.pop(sequence_id, None) is not None:
             self._forget_batch()
 
+    def states(self, sequence_ids: Sequence[int]) -> tuple[SequenceState, ...]:
+        """What is known of these sequences."""
+        return tuple(self._states[sequence_id] for sequence_id in sequence_ids)
+
     def last_tokens(self, sequence_ids: Sequence[int]) -> list[int]:
         """The token that each sequence ends with now."""
         return [self._states[sequence_id].token_ids[-1] for sequence_id in sequence_ids]
@@ -159,7 +172,7 @@ class Sampler:
         good: list[int] = []
         for row, state in enumerate(states):
             error = state.failure or errors.get(state.sequence_id)
-            error = error or _row_error(state.params, of_model[row], after_edits[row])
+            error = error or row_error(state.params, of_model[row], after_edits[row])
             if error is None and state.matcher is not None:
                 try:
                     state.matcher.advance(token_ids[row])
@@ -265,7 +278,7 @@ def _shaping(params: list[SamplingParams], vocab_size: int, device: torch.device
     )
 
 
-def _row_error(params: SamplingParams, of_model: float, after_edits: float) -> str | None:
+def row_error(params: SamplingParams, of_model: float, after_edits: float) -> str | None:
     """What is wrong with a row, told by its highest logit before and after the edits."""
     if not of_model < float("inf"):
         return "the model's logits are NaN or infinite"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -12,21 +16,55 @@ import torch
 from torch import Tensor
 
 from puna.layers.params import AttentionParams, CacheTables
+from puna.runtime.accelerator import Accelerator, Event
+from puna.runtime.block_tables import BlockTables
 from puna.scheduling.block_allocator import DUMMY_BLOCK
-from puna.scheduling.step_plan import PENDING_TOKEN, StepPlan
+from puna.scheduling.step_plan import PENDING_TOKEN, StepPlan, StepRow
+
+# Of each part: a line of the CPU's cache; GPU kernels are compiled for addresses that are multiples of 16.
+_ALIGNMENT: Final = 64
+_TORCH_DTYPES: Final = MappingProxyType(
+    {np.int64: torch.int64, np.int32: torch.int32, np.float64: torch.float64, np.float32: torch.float32}
+)
+
+Ints = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How the device chooses tokens by itself, an entry for each row of logits [R]; see `device_sampling.choose`.
+
+    temperature float32, 0 where the likeliest is taken; top_k int64 in 1..V; top_p float64; min_p float32; seeds int64,
+    the bits of unsigned numbers; positions int64, the number of output tokens so far.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seeds: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)
 class StepInputs:
     """Views of the buffers for one step of T tokens and B rows, valid until the next one.
 
-    input_ids and position_ids int64 [T]; logits_ids int64 [R], the tokens whose logits are wanted.
+    tokens int64 [T], or with `token_places` int64 [T] a longer one, in which these say where each token stands.
+    position_ids int64 [T]; logits_ids int64 [R], the tokens whose logits are wanted. `draws`: on devices that choose.
     """
 
-    input_ids: Tensor
+    tokens: Tensor
     position_ids: Tensor
     logits_ids: Tensor
     attention_params: AttentionParams
+    token_places: Tensor | None = None
+    draws: Draws | None = None
+
+    @property
+    def input_ids(self) -> Tensor:
+        """int64 [T]."""
+        return self.tokens if self.token_places is None else self.tokens.index_select(0, self.token_places)
 
     def with_angles(self, cos_sin: tuple[Tensor, Tensor]) -> StepInputs:
         """The same with these rotary angles of the tokens."""
@@ -34,12 +72,28 @@ class StepInputs:
         return dataclasses.replace(self, attention_params=params)
 
 
+class StepSize(NamedTuple):
+    """Of what a step takes: tokens, rows, rows of logits, and the width of its block tables."""
+
+    tokens: int
+    rows: int
+    logits: int
+    blocks: int
+
+
 class StepBuffers:
     """Room for `max_tokens` tokens of `max_rows` sequences with `max_blocks` cache blocks each.
 
-    `num_windows` is how many different windows the model's layers have: each has cache tables of its own.
-    On the CPU the tensors that the model sees are the storage itself; on another device the plan is put together in a
-    staging copy, which goes over at once. The same addresses serve every step, so a recorded step can be replayed.
+    `num_windows` is how many different windows the model's layers have: each has cache tables of its own. All that a
+    step takes lies in one piece of memory. On the CPU that is the storage of the tensors that the model sees; for an
+    accelerator it is pinned, one of two in turn, and goes over in a single copy. Steps that are padded to the same
+    bucket come in the same tensors, so that a recorded one can be replayed.
+
+    An accelerator chooses tokens by itself, and goes on from them before the host knows them. `chosen` int64 [max_rows]
+    and `highest` float32 [max_rows] are where it leaves a step's tokens and the highest logits of their rows, and what
+    the next step's tokens are taken from; `outcome` are the bytes of both, for one copy to the host.
+
+    With `reports_prompts`, steps of nothing but whole prompts say so (AttentionParams.prompt_lengths).
     """
 
     def __init__(
@@ -48,108 +102,256 @@ class StepBuffers:
         max_rows: int,
         max_blocks: int,
         block_size: int,
-        device: torch.device | str = "cpu",
+        accelerator: Accelerator | None = None,
         num_windows: int = 1,
+        reports_prompts: bool = False,
     ) -> None:
-        self.max_rows, self.block_size = max_rows, block_size
+        self.max_rows, self.max_blocks, self.block_size = max_rows, max_blocks, block_size
+        self.max_tokens = max(max_tokens, max_rows)
         self.max_length = max_blocks * block_size  # tokens of one sequence
-        self._device = torch.device(device)
-        self._int64 = _Staged((4 + num_windows, max(max_tokens, max_rows)), torch.int64, self._device)
-        self._int32 = _Staged((2, max_rows + 1), torch.int32, self._device)
-        self._tables = [_Staged((max_rows, max_blocks), torch.int32, self._device) for _ in range(num_windows)]
+        self._num_windows, self._reports_prompts = num_windows, reports_prompts
+        self._accelerator = accelerator
+        self._tables = BlockTables(max_rows, max_blocks, num_windows)
+        largest = StepSize(self.max_tokens, max_rows, self.max_tokens, max_blocks)
+        num_bytes = _parts(largest, num_windows, accelerator is not None)[-1].end
+        if accelerator is None:
+            self._storage = torch.zeros(num_bytes, dtype=torch.uint8)
+            self._sides = [_Side(self._storage)]
+        else:
+            before, self._num_chosen = _aligned(4 * max_rows), _aligned(8 * max_rows) // 8
+            both = before + 8 * self._num_chosen
+            storage = torch.zeros(both + num_bytes, dtype=torch.uint8, device=accelerator.device)
+            self.outcome = storage[:both]
+            self.highest = storage[: 4 * max_rows].view(torch.float32)
+            # Just before the tokens of a plan, so that one gathering finds both.
+            self._chosen_and_given = storage[before:].view(torch.int64)
+            self.chosen = self._chosen_and_given[:max_rows]
+            self._storage = storage[both:]
+            self._sides = [_Side(accelerator.pinned(num_bytes)) for _ in range(2)]
+        self._kept: dict[StepSize, StepInputs] = {}
 
     def fill(
-        self, plan: StepPlan, pending_token: Callable[[int], int] = int, num_rows: int | None = None
+        self,
+        plan: StepPlan,
+        pending_token: Callable[[int], int] = int,
+        num_rows: int | None = None,
+        *,
+        width: int | None = None,
+        draws: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> StepInputs:
-        """Copies a plan in. `pending_token` gives the token last chosen for a sequence.
+        """Copies a plan in. `pending_token` gives the token last chosen for a sequence; with an accelerator, its place
+        in `chosen`.
 
         With `num_rows`, rows of one token in the dummy block are added up to that count; all of the plan's must be of
-        one token too. There are as many logits_ids then: those of any rows follow the ones that are wanted. Raises
-        ValueError for an empty plan, and for a row whose blocks have no room for its tokens.
-        """
-        num_tokens = plan.num_tokens
-        if num_tokens == 0:
-            raise ValueError("the plan has no tokens: there is nothing to run")
-        padding = 0 if num_rows is None else num_rows - len(plan.rows)
-        tokens, positions, rotary, wanted, *slots = self._int64.host
-        starts, lengths = self._int32.host
-        tables, widest = [table.host for table in self._tables], 1
-        at = num_wanted = 0
-        for b, row in enumerate(plan.rows):
-            length, count = row.sequence_length, len(row.token_ids)
-            num_blocks = min(map(len, row.block_ids))
-            if length > num_blocks * self.block_size:
-                raise ValueError(
-                    f"sequence {row.sequence_id} has {length} tokens, but its {num_blocks} blocks hold "
-                    f"{num_blocks * self.block_size}"
-                )
-            here = slice(at, at + count)
-            tokens[here] = row.token_ids
-            if row.token_ids[-1] == PENDING_TOKEN:
-                tokens[at + count - 1] = pending_token(row.sequence_id)
-            position = np.arange(row.first_position, length)
-            positions[here] = position
-            widest = max(widest, num_blocks)
-            for table, slot, block_ids in zip(tables, slots, row.block_ids, strict=True):
-                table[b, : len(block_ids)] = block_ids
-                slot[here] = table[b, position // self.block_size] * self.block_size + position % self.block_size
-            rotary[here] = np.maximum(position + 1, row.prompt_length)
-            starts[b], lengths[b] = at, length
-            if row.logprob_targets:
-                wanted[num_wanted : num_wanted + count] = np.arange(at, at + count)
-                num_wanted += count
-            elif row.wants_logits:
-                wanted[num_wanted] = at + count - 1
-                num_wanted += 1
-            at += count
-        rows = len(plan.rows)
-        if padding > 0:
-            ends = slice(at, at + padding)
-            tokens[ends] = positions[ends] = 0
-            rotary[ends] = lengths[rows : rows + padding] = 1
-            for table, slot in zip(tables, slots, strict=True):
-                slot[ends] = DUMMY_BLOCK * self.block_size
-                table[rows : rows + padding, :] = DUMMY_BLOCK
-            starts[rows : rows + padding] = np.arange(at, at + padding)
-            at, rows = at + padding, rows + padding
-        starts[rows] = at
-        if num_rows is not None:
-            wanted[num_wanted:num_rows] = np.arange(num_wanted, num_rows)
-            num_wanted = num_rows
+        one token too. There are as many logits_ids then: those of any rows follow the ones that are wanted. `width` is
+        that of the block tables; None: as wide as needed, or with `num_rows` as all can be. `draws` has the columns of
+        Draws, for the rows whose logits are wanted, if an accelerator is to choose their tokens.
 
-        input_ids, position_ids, rotary_lengths, logits_ids, *slot_mappings = self._int64.on_device(at)
-        query_starts, sequence_lengths = self._int32.on_device(rows + 1)
-        # The whole width where rows are padded to a bucket: a recorded step must not change its shapes.
-        block_tables = [table.on_device(table.width if num_rows is not None else widest) for table in self._tables]
+        Raises ValueError for an empty plan, and for a row whose blocks have no room for its tokens.
+        """
+        rows = plan.rows
+        if not rows:
+            raise ValueError("the plan has no tokens: there is nothing to run")
+        count = len(rows)
+        tokens = [token for row in rows for token in row.token_ids]
+        total = len(tokens)
+        firsts = np.array([row.first_position for row in rows])
+        prompt_lengths = np.array([row.prompt_length for row in rows])
+        counts = np.array([len(row.token_ids) for row in rows]) if total > count else np.ones(count, np.int64)
+        places, num_blocks = self._tables.places(rows)
+        lengths = firsts + counts
+        if (lengths > num_blocks * self.block_size).any():
+            _raise_no_room(rows, num_blocks.tolist(), self.block_size)
+        ends = counts.cumsum()
+        if total > count:
+            of_row = np.arange(count).repeat(counts)
+            positions = np.arange(total) + (lengths - ends)[of_row]
+        else:
+            of_row, positions = slice(None), firsts
+        wanted = _wanted(rows, ends)
+
+        if width is None:
+            width = int(num_blocks.max()) if num_rows is None else self.max_blocks
+        size = StepSize(total, count, len(wanted), width)
+        if num_rows is not None:
+            size = StepSize(num_rows, num_rows, num_rows, width)
+        side = self._sides[0]
+        self._sides.reverse()
+        side.wait()
+        host = side.views(size, self._parts_of(size), keep=num_rows is not None)
+        host["tokens"][:total] = tokens
+        pending = [b for b, row in enumerate(rows) if row.token_ids[-1] == PENDING_TOKEN]
+        if self._accelerator is not None:
+            # Tokens of the plan, but where others take their places just below.
+            host["token_places"][:] = np.arange(self._num_chosen, self._num_chosen + size.tokens)
+        if pending:
+            known = host["tokens" if self._accelerator is None else "token_places"]
+            known[ends[pending] - 1] = [pending_token(rows[b].sequence_id) for b in pending]
+        host["position_ids"][:total] = positions
+        host["rotary_lengths"][:total] = np.maximum(positions + 1, prompt_lengths[of_row])
+        host["query_starts"][0] = 0
+        host["query_starts"][1 : count + 1] = ends
+        host["sequence_lengths"][:count] = lengths
+        host["logits_ids"][: len(wanted)] = wanted
+        blocks, offsets = np.divmod(positions, self.block_size)
+        for i, table in enumerate(self._tables.arrays):
+            host[f"slot_mapping{i}"][:total] = table[places[of_row], blocks] * np.int64(self.block_size) + offsets
+            host[f"block_tables{i}"][:count] = table[places, :width]
+        if draws is not None:
+            for name, column in draws.items():
+                host[name][: len(column)] = column
+                host[name][len(column) :] = 0  # for padded rows: greedy
+        if num_rows is not None:
+            self._pad(host, total, num_rows, len(wanted))
+        if self._accelerator is not None:
+            num_bytes = self._parts_of(size)[-1].end
+            self._accelerator.copy(self._storage[:num_bytes], side.bytes[:num_bytes])
+            side.copied = self._accelerator.record()
+        inputs = self._kept.get(size)
+        if inputs is None:
+            inputs = self._inputs(size)
+            if num_rows is not None:
+                self._kept[size] = inputs
+        if self._reports_prompts and num_rows is None and not firsts.any():
+            params = dataclasses.replace(inputs.attention_params, prompt_lengths=tuple(lengths.tolist()))
+            inputs = dataclasses.replace(inputs, attention_params=params)
+        return inputs
+
+    def _pad(self, host: Mapping[str, Ints], count: int, num_rows: int, num_wanted: int) -> None:
+        rest = slice(count, num_rows)
+        host["tokens"][rest] = host["position_ids"][rest] = 0
+        host["rotary_lengths"][rest] = host["sequence_lengths"][rest] = 1
+        for i in range(self._num_windows):
+            host[f"slot_mapping{i}"][rest] = DUMMY_BLOCK * self.block_size
+            host[f"block_tables{i}"][rest] = DUMMY_BLOCK
+        host["query_starts"][count : num_rows + 1] = np.arange(count, num_rows + 1)
+        host["logits_ids"][num_wanted:] = np.arange(num_wanted, num_rows)
+
+    def _parts_of(self, size: StepSize) -> tuple[_Part, ...]:
+        return _parts(size, self._num_windows, self._accelerator is not None)
+
+    def _inputs(self, size: StepSize) -> StepInputs:
+        """The tensors of a step of that size, whatever is in them."""
+        tensors = {
+            part.name: self._storage[part.start : part.end_of_data].view(part.torch_dtype).view(part.shape)
+            for part in self._parts_of(size)
+        }
+        tokens, token_places, draws = tensors["tokens"], None, None
+        if self._accelerator is not None:
+            tokens, token_places = self._chosen_and_given[: self._num_chosen + size.tokens], tensors["token_places"]
+            draws = Draws(**{field.name: tensors[field.name] for field in dataclasses.fields(Draws)})
+        windows = range(self._num_windows)
         return StepInputs(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            logits_ids=logits_ids[:num_wanted],
+            tokens=tokens,
+            position_ids=tensors["position_ids"],
+            logits_ids=tensors["logits_ids"],
             attention_params=AttentionParams(
-                query_starts=query_starts,
-                sequence_lengths=sequence_lengths[:rows],
+                query_starts=tensors["query_starts"],
+                sequence_lengths=tensors["sequence_lengths"],
                 cache_tables=tuple(
-                    CacheTables(block_table[:rows], slot_mapping)
-                    for block_table, slot_mapping in zip(block_tables, slot_mappings, strict=True)
+                    CacheTables(tensors[f"block_tables{i}"], tensors[f"slot_mapping{i}"]) for i in windows
                 ),
-                rotary_lengths=rotary_lengths,
+                rotary_lengths=tensors["rotary_lengths"],
             ),
+            token_places=token_places,
+            draws=draws,
         )
 
 
-class _Staged:
-    """Numbers that the CPU writes and the device reads: one tensor on the CPU, a pinned one and its copy elsewhere."""
+class _Side:
+    """Storage that the host writes. On accelerators, `copied` is when it may be written again."""
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        is_cpu = device.type == "cpu"
-        staging = torch.zeros(shape, dtype=dtype, pin_memory=not is_cpu)
-        self.host: npt.NDArray[np.int64] = staging.numpy()
-        self.width = shape[1]
-        self._staging = staging
-        self._tensor = staging if is_cpu else torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, storage: Tensor) -> None:
+        self.bytes = storage
+        self.copied: Event | None = None
+        self._numbers = storage.numpy()
+        self._kept: dict[StepSize, dict[str, Ints]] = {}
 
-    def on_device(self, width: int) -> Tensor:
-        """The first `width` columns of every row, brought up to date."""
-        if self._tensor is not self._staging:
-            self._tensor[:, :width].copy_(self._staging[:, :width], non_blocking=True)
-        return self._tensor[:, :width]
+    def wait(self) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+
+    def views(self, size: StepSize, parts: tuple[_Part, ...], keep: bool) -> dict[str, Ints]:
+        """The parts by their names, as arrays; with `keep` they are made once."""
+        found = self._kept.get(size)
+        if found is None:
+            found = {
+                part.name: self._numbers[part.start : part.end_of_data].view(part.dtype).reshape(part.shape)
+                for part in parts
+            }
+            if keep:
+                self._kept[size] = found
+        return found
+
+
+class _Part(NamedTuple):
+    """Numbers in a step's storage: bytes start .. end_of_data, and up to `end` nothing."""
+
+    name: str
+    dtype: type[Any]
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _TORCH_DTYPES[self.dtype]
+
+    @property
+    def end_of_data(self) -> int:
+        return self.start + math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def end(self) -> int:
+        return _aligned(self.end_of_data)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts(size: StepSize, num_windows: int, chooses: bool) -> tuple[_Part, ...]:
+    """Where the numbers of such a step are; with `chooses`, those for an accelerator that chooses tokens, too."""
+    windows = range(num_windows)
+    wanted: list[tuple[str, type[Any], tuple[int, ...]]] = [
+        ("tokens", np.int64, (size.tokens,)),  # first, see `chosen`
+        ("position_ids", np.int64, (size.tokens,)),
+        ("rotary_lengths", np.int64, (size.tokens,)),
+        *((f"slot_mapping{i}", np.int64, (size.tokens,)) for i in windows),
+        ("logits_ids", np.int64, (size.logits,)),
+        ("query_starts", np.int32, (size.rows + 1,)),
+        ("sequence_lengths", np.int32, (size.rows,)),
+    ]
+    if chooses:
+        wanted.append(("token_places", np.int64, (size.tokens,)))
+        columns = {"temperature": np.float32, "top_p": np.float64, "min_p": np.float32}
+        columns |= dict.fromkeys(("top_k", "seeds", "positions"), np.int64)
+        wanted += [(name, dtype, (size.logits,)) for name, dtype in columns.items()]
+    wanted += [(f"block_tables{i}", np.int32, (size.rows, size.blocks)) for i in windows]
+    parts: list[_Part] = []
+    for name, dtype, shape in wanted:
+        parts.append(_Part(name, dtype, shape, parts[-1].end if parts else 0))
+    return tuple(parts)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _wanted(rows: Sequence[StepRow], ends: Ints) -> Ints:
+    """The tokens whose logits are wanted: of a row that chooses the last one, of a scored one all."""
+    if not any(row.logprob_targets for row in rows):
+        found: Ints = ends[[bool(row.sampled_ids or row.num_candidates) for row in rows]] - 1
+        return found
+    each = [
+        np.arange(end - (len(row.token_ids) if row.logprob_targets else row.wants_logits), end)
+        for row, end in zip(rows, ends.tolist(), strict=True)
+    ]
+    return np.concatenate(each)
+
+
+def _raise_no_room(rows: Sequence[StepRow], num_blocks: Sequence[int], block_size: int) -> NoReturn:
+    for row, count in zip(rows, num_blocks, strict=True):
+        if row.sequence_length > count * block_size:
+            raise ValueError(
+                f"sequence {row.sequence_id} has {row.sequence_length} tokens, but its {count} blocks hold "
+                f"{count * block_size}"
+            )
+    raise RuntimeError("every row has room")

@@ -9,13 +9,24 @@ import torch
 from torch import Tensor
 
 from puna.ops import cpu
+from puna.runtime.accelerator import Accelerator
 from puna.runtime.step_buffers import StepInputs
 
 
 def bucket_sizes(max_rows: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then by 8 up to max_rows: little padding where it hurts, few graphs where it does not."""
-    sizes = [size for size in (1, 2, 4) if size < max_rows]
-    return (*sizes, *range(8, max_rows, 8), max_rows)
+    """1, 2, 4, 8, then by 8 up to 256, 32 up to 512, 64 up to max_rows: little padding where it hurts, few graphs where
+    it does not."""
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, 512, 32), *range(512, max(max_rows, 513), 64))
+    return (*(size for size in sizes if size < max_rows), max_rows)
+
+
+def table_widths(max_blocks: int, block_size: int) -> tuple[int, ...]:
+    """Widths of block tables for 1,024 tokens, for four times as many, and so on up to all: for devices whose kernels
+    divide their work by the width, and to which tables are copied."""
+    widths = [max(1, 1024 // block_size)]
+    while widths[-1] < max_blocks:
+        widths.append(widths[-1] * 4)
+    return (*widths[:-1], max_blocks)
 
 
 def bucket_for(num_rows: int, buckets: tuple[int, ...]) -> int | None:
@@ -89,6 +100,24 @@ class CpuStepGraph:
                 kept.copy_(angles)
         self._recording.replay()
         return self._logits
+
+
+class CudaStepGraph:
+    """A step of one bucket, captured on an accelerator.
+
+    Like every captured step it reads its inputs where they were, so that they must come in the same tensors. What it
+    returns holds until another graph is replayed: all share their memory.
+    """
+
+    def __init__(self, forward: Callable[[StepInputs], Tensor], inputs: StepInputs, accelerator: Accelerator) -> None:
+        self._inputs = inputs
+        self._graph, self._result = accelerator.capture(lambda: forward(inputs))
+
+    def run(self, inputs: StepInputs) -> Tensor:
+        if inputs is not self._inputs:
+            raise ValueError("a captured step must come in the tensors that it was captured with")
+        self._graph.replay()
+        return self._result
 
 
 def _addresses(inputs: StepInputs) -> tuple[tuple[int, torch.Size], ...]:

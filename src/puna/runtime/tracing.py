@@ -13,10 +13,15 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol
 
 Args = Mapping[str, object]
-Track = Literal["engine", "steps"]
+Track = Literal["engine", "steps", "gpu", "results"]
 _NO_ARGS: Final[Args] = MappingProxyType({})
 _TRACKS: Final[Mapping[str, tuple[int, str]]] = MappingProxyType(
-    {"engine": (1, "engine: plans and results"), "steps": (2, "steps")}
+    {
+        "engine": (1, "engine: plans and results"),
+        "steps": (2, "steps"),
+        "gpu": (3, "GPU"),
+        "results": (4, "results of a GPU's steps"),
+    }
 )
 _FLUSH_SECONDS: Final = 0.5
 _log = logging.getLogger(__name__)

@@ -1,0 +1,249 @@
+"""AsyncModelRunner: steps on a device that works behind the host's back; launched one behind the other, read later."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puna.models import LLaMAForCausalLM
+from puna.runtime.accelerator import Accelerator, Event
+from puna.runtime.device_clock import DeviceClock
+from puna.runtime.device_sampling import PlainBatches, PlainRows, choose
+from puna.runtime.kv_pool import KVPool
+from puna.runtime.model_runner import ModelRunner
+from puna.runtime.sampler import Sampler
+from puna.runtime.step_buffers import StepBuffers, StepInputs
+from puna.runtime.step_graph import CudaStepGraph, bucket_for, table_widths
+from puna.runtime.tracing import Tracer
+from puna.scheduling.block_allocator import DUMMY_BLOCK
+from puna.scheduling.step_plan import StepPlan, StepResult, StepRow
+
+# How a step ends: on the device with its tokens, all of them the likeliest ones or not, or with its hidden states.
+_Ending = Literal["greedy", "drawn", "hidden"]
+_NOTHING: Final = StepResult((), {}, {}, {})
+# Steps whose tokens the host may not have read: the one that runs, the one behind it, and one that is being read.
+_OUTCOMES: Final = 3
+
+
+class PendingStep:
+    """A step that was launched. Its result is made in the order of the steps, in whatever thread asks first."""
+
+    def __init__(self, finish: Callable[[], StepResult], before: PendingStep | None) -> None:
+        self._finish: Callable[[], StepResult] | None = finish
+        self._before = before
+        self._lock = threading.Lock()
+        self._result: StepResult | None = None
+        self._error: BaseException | None = None
+
+    def result(self) -> StepResult:
+        """Waits for the device. Raises what went wrong there, or with a step before."""
+        with self._lock:
+            if self._finish is not None:
+                try:
+                    if self._before is not None:
+                        self._before.result()
+                    self._result = self._finish()
+                except BaseException as error:
+                    self._error = error
+                self._finish = self._before = None
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+
+class _Outcome:
+    """Pinned memory for one step's tokens and their rows' highest logits, and the step that has it."""
+
+    def __init__(self, buffers: StepBuffers, accelerator: Accelerator) -> None:
+        self.bytes = accelerator.pinned(buffers.outcome.numel())
+        numbers = self.bytes.numpy()
+        self.highest = numbers[: 4 * buffers.max_rows].view(np.float32)
+        first = buffers.chosen.data_ptr() - buffers.outcome.data_ptr()
+        self.tokens = numbers[first : first + 8 * buffers.max_rows].view(np.int64)
+        self.step: PendingStep | None = None
+
+
+class AsyncModelRunner(ModelRunner):
+    """`launch` queues a step on the device and returns before it has run; `execute` is both, launching and waiting.
+
+    The device chooses the tokens by itself where that takes nothing but logits and numbers (PlainRows), and the next
+    step takes them from where it left them. Other steps, with penalties, grammars, log-probabilities, beams or pooling,
+    are launched as early, but wait in `launch` for the steps before and for their own logits.
+
+    Steps and `launch` belong to one thread; results may be asked for in another.
+    """
+
+    def __init__(
+        self,
+        model: LLaMAForCausalLM,
+        pool: KVPool,
+        buffers: StepBuffers,
+        sampler: Sampler,
+        accelerator: Accelerator,
+        use_buckets: bool = False,
+        tracer: Tracer | None = None,
+    ) -> None:
+        super().__init__(model, pool, buffers, sampler, use_buckets, tracer)
+        self._accelerator = accelerator
+        self._widths = table_widths(buffers.max_blocks, buffers.block_size)
+        self._plain = PlainBatches(sampler)
+        self._captured: dict[tuple[int, int, _Ending], CudaStepGraph] = {}
+        self._outcomes = [_Outcome(buffers, accelerator) for _ in range(_OUTCOMES)]
+        self._latest: PendingStep | None = None
+        self._places: dict[int, int] = {}  # in `chosen`, of the sequences that the latest step chose for
+        self._clock = None if tracer is None else DeviceClock(accelerator)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Starts one step behind those that were launched before."""
+        self._accelerator.use()
+        self._take_notice(plan)
+        if not plan.rows:
+            return self._pending(lambda: _NOTHING)
+        began = None if self._clock is None else self._clock.mark()
+        self.pool.copy_blocks(plan.copies)
+        plain = self._plain.of(plan.rows)
+        if plain is None:
+            return self._run_with_host(plan)
+        return self._launch_plain(plan, plain, began)
+
+    def capture_all(self) -> None:
+        """Captures the steps that devices end by themselves, of every bucket: the largest first, whose memory the
+        others then use, too."""
+        endings: tuple[_Ending, ...] = ("drawn", "greedy")
+        with torch.inference_mode():
+            self._accelerator.use()
+            for bucket in reversed(self._buckets):
+                for width in reversed(self._widths):
+                    for ending in endings:
+                        columns = {"temperature": np.zeros(1, dtype=np.float32)}
+                        plan = StepPlan((self._dummy_row(1),))
+                        inputs = self.buffers.fill(plan, num_rows=bucket, width=width, draws=columns)
+                        self._graph(bucket, width, ending, inputs)
+
+    def largest_prefill(self) -> StepPlan:
+        """As many tokens and as many rows as a step can have, all in the dummy block and all chosen for."""
+        count, longest = self.buffers.max_rows, self.buffers.max_length
+        left = self.buffers.max_tokens - count
+        lengths = []
+        for _ in range(count):
+            lengths.append(1 + min(left, longest - 1))
+            left -= lengths[-1] - 1
+        return StepPlan(tuple(self._dummy_row(length) for length in lengths))
+
+    def largest_decode(self) -> StepPlan:
+        return StepPlan((self._dummy_row(1),) * self.buffers.max_rows)
+
+    @torch.inference_mode()
+    def rehearse(self, plan: StepPlan) -> None:
+        """Runs a step whose tokens nobody wants, for the memory that it takes."""
+        self._accelerator.use()
+        columns = {"temperature": np.ones(len(plan.rows), dtype=np.float32)}
+        self._run("drawn", self.buffers.fill(plan, draws=columns))
+
+    def _dummy_row(self, length: int) -> StepRow:
+        blocks = (DUMMY_BLOCK,) * -(-length // self.buffers.block_size)
+        return StepRow(-1, 0, (0,) * length, (blocks,) * len(self.model.config.windows), 1, (-1,))
+
+    def _launch_plain(self, plan: StepPlan, plain: PlainRows, began: Event | None) -> PendingStep:
+        ending: _Ending = "greedy" if plain.is_greedy else "drawn"
+        bucket, width, inputs = self._fill(plan, plain)
+        if bucket is None:
+            self._run(ending, inputs)
+        else:
+            self._graph(bucket, width, ending, inputs).run(inputs)
+        self._places = plain.places
+        outcome = self._outcomes[0]
+        self._outcomes.append(self._outcomes.pop(0))
+        if outcome.step is not None:
+            outcome.step.result()
+        self._accelerator.copy(outcome.bytes, self.buffers.outcome)
+        ended = self._accelerator.record(timed=self._clock is not None)
+
+        def finish() -> StepResult:
+            ended.synchronize()
+            if self._tracer is not None and self._clock is not None and began is not None:
+                times = self._clock.times(began, ended)
+                self._tracer.span("gpu", "step", *times, {"tokens": plan.num_tokens, "sequences": len(plan.rows)})
+            start, count = time.monotonic(), len(plain.sequence_ids)
+            result = plain.take_over(outcome.tokens[:count].tolist(), outcome.highest[:count])
+            if self._tracer is not None:
+                self._tracer.span("results", "read", start, time.monotonic(), {"tokens": count})
+            return result
+
+        outcome.step = self._pending(finish)
+        return outcome.step
+
+    def _run_with_host(self, plan: StepPlan) -> PendingStep:
+        """A step for which the host has to do something between logits and tokens."""
+        if any(row.pooling is not None for row in plan.rows):
+            result = self._pool_and_choose(plan)
+        else:
+            result = self._choose(plan, self._logits(plan))
+        sampled = [sequence_id for row in plan.rows for sequence_id in row.sampled_ids]
+        self._places = {sequence_id: place for place, sequence_id in enumerate(sampled)}
+        if sampled:
+            self.buffers.chosen[: len(sampled)].copy_(torch.tensor(self.sampler.last_tokens(sampled)))
+        return self._pending(lambda: result)
+
+    def _logits(self, plan: StepPlan) -> Tensor:
+        bucket, width, inputs = self._fill(plan, None)
+        if bucket is None:
+            return self._forward(inputs)
+        hidden = self._graph(bucket, width, "hidden", inputs).run(inputs)
+        return self.model.logits(hidden, inputs.logits_ids[: sum(row.wants_logits for row in plan.rows)])
+
+    def _choose(self, plan: StepPlan, logits: Tensor) -> StepResult:
+        # What the sampler knows of its sequences must be up to date.
+        if self._latest is not None:
+            self._latest.result()
+        return super()._choose(plan, logits)
+
+    def _last_token(self, sequence_id: int) -> int:
+        return self._places[sequence_id]
+
+    def _pending(self, finish: Callable[[], StepResult]) -> PendingStep:
+        self._latest = PendingStep(finish, self._latest)
+        return self._latest
+
+    def _fill(self, plan: StepPlan, plain: PlainRows | None) -> tuple[int | None, int, StepInputs]:
+        bucket = None
+        if all(len(row.token_ids) == 1 for row in plan.rows):
+            bucket = bucket_for(len(plan.rows), self._buckets)
+        longest = max(len(block_ids) for row in plan.rows for block_ids in row.block_ids)
+        width = next(width for width in self._widths if width >= longest)
+        draws = None if plain is None else plain.draws(plan.rows)
+        return bucket, width, self.buffers.fill(plan, self._last_token, bucket, width=width, draws=draws)
+
+    def _graph(self, bucket: int, width: int, ending: _Ending, inputs: StepInputs) -> CudaStepGraph:
+        graph = self._captured.get((bucket, width, ending))
+        if graph is None:
+            graph = CudaStepGraph(functools.partial(self._run, ending), inputs, self._accelerator)
+            self._captured[bucket, width, ending] = graph
+        return graph
+
+    def _run(self, ending: _Ending, inputs: StepInputs) -> Tensor:
+        """Queues what a step computes; its tokens, if it comes to these, are left in the buffers."""
+        hidden = self._hidden_states(inputs)
+        if ending == "hidden":
+            return hidden
+        logits, draws = self.model.logits(hidden, inputs.logits_ids), inputs.draws
+        assert draws is not None
+        if len(logits) == 0:
+            return hidden
+        tokens, highest = choose(logits, draws, is_greedy=ending == "greedy")
+        self.buffers.highest[: len(tokens)].copy_(highest)
+        # A row of NaN has no token, and nothing that is none may be looked up in the next step.
+        torch.clamp(tokens, 0, logits.shape[1] - 1, out=self.buffers.chosen[: len(tokens)])
+        return self.buffers.chosen

@@ -1,0 +1,153 @@
+"""Choosing tokens where the logits are, without the host: which sequences allow that, and what the device is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from puna.runtime import sampling_ops as ops
+from puna.runtime.sampler import Sampler, row_error
+from puna.runtime.sequence_state import SequenceState
+from puna.runtime.step_buffers import Draws
+from puna.scheduling.step_plan import SampledToken, StepResult, StepRow
+
+Columns = dict[str, npt.NDArray[Any]]
+
+_TINY: Final = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Sequences whose next tokens follow from logits and numbers: nothing that the host knows of their texts counts.
+
+    `columns` are those of Draws but `positions`; `places` says for each sequence which row of logits is its own.
+    """
+
+    sequence_ids: tuple[int, ...] = ()
+    states: tuple[SequenceState, ...] = ()
+    columns: Columns = field(default_factory=lambda: {"temperature": np.zeros(0, dtype=np.float32)})
+    places: dict[int, int] = field(default_factory=dict)
+    is_greedy: bool = True
+
+    def draws(self, rows: Sequence[StepRow]) -> Columns:
+        """The columns for this step of theirs."""
+        if self.is_greedy:
+            return {"temperature": self.columns["temperature"]}
+        positions = [row.sequence_length - row.prompt_length for row in rows if row.sampled_ids]
+        return self.columns | {"positions": np.array(positions, dtype=np.int64)}
+
+    def take_over(self, tokens: list[int], highest: npt.NDArray[np.float32]) -> StepResult:
+        """The step's result from what the device chose; the sequences' states get their tokens."""
+        errors: dict[int, str] = {}
+        if not np.isfinite(highest).all():
+            for state, value in zip(self.states, highest.tolist(), strict=True):
+                error = row_error(state.params, value, value)
+                if error is not None:
+                    errors[state.sequence_id] = error
+        chosen = []
+        for state, token_id in zip(self.states, tokens, strict=True):
+            if state.sequence_id not in errors:
+                state.append(token_id)
+                chosen.append(SampledToken(state.sequence_id, token_id))
+        return StepResult(tuple(chosen), {}, {}, errors)
+
+
+class PlainBatches:
+    """Tells which steps the device can choose for; what it says of a batch it keeps until another one comes."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._latest: PlainRows | None = PlainRows()
+        self._latest_ids: tuple[int, ...] = ()
+
+    def of(self, rows: Sequence[StepRow]) -> PlainRows | None:
+        """None for steps with anything that the host has to do, or wants to know beside the tokens."""
+        for row in rows:
+            if len(row.sampled_ids) > 1 or row.num_candidates or row.logprob_targets or row.pooling is not None:
+                return None
+        ids = tuple(row.sampled_ids[0] for row in rows if row.sampled_ids)
+        if ids != self._latest_ids:
+            self._latest_ids = ids
+            states = self._sampler.states(ids)
+            self._latest = _plain_rows(ids, states, self._sampler.vocab_size) if all(map(_is_plain, states)) else None
+        return self._latest
+
+
+def _is_plain(state: SequenceState) -> bool:
+    return (
+        not state.is_edited
+        and state.failure is None
+        and state.params.logprobs is None
+        and (state.params.typical_p == 1 or state.params.temperature == 0)
+    )
+
+
+def _plain_rows(ids: tuple[int, ...], states: tuple[SequenceState, ...], vocab_size: int) -> PlainRows:
+    params = [state.params for state in states]
+    # A temperature that is 0 as a float32 would make another row greedy.
+    temperature = [max(p.temperature, _TINY) if p.temperature > 0 else 0 for p in params]
+    columns: Columns = {
+        "temperature": np.array(temperature, dtype=np.float32),
+        "top_k": np.array([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params], dtype=np.int64),
+        "top_p": np.array([p.top_p for p in params], dtype=np.float64),
+        "min_p": np.array([p.min_p for p in params], dtype=np.float32),
+        "seeds": np.array([state.seed for state in states], dtype=np.uint64).view(np.int64),
+    }
+    places = {sequence_id: place for place, sequence_id in enumerate(ids)}
+    return PlainRows(ids, states, columns, places, all(p.temperature == 0 for p in params))
+
+
+def choose(logits: Tensor, draws: Draws, is_greedy: bool) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits [R, V], and the row's highest logit -> int64 [R], float32 [R].
+
+    Rows of temperature 0 get their likeliest token; `is_greedy`: all are such, and nothing else in `draws` counts. The
+    tokens are those that Sampler.sample chooses. Nothing is waited for, so that it can be captured.
+    """
+    if is_greedy:
+        return ops.argmax(logits)
+    if logits.device.type == "cuda":
+        from puna.ops import triton_sampling
+
+        uniform = triton_sampling.uniforms(draws.seeds, draws.positions)
+        return triton_sampling.draw(logits, draws.temperature, draws.top_k, draws.top_p, draws.min_p, uniform)
+    likeliest, highest = ops.argmax(logits)
+    is_drawn = draws.temperature > 0
+    vocab_size = logits.shape[1]
+    shaping = ops.Shaping(
+        temperature=draws.temperature.masked_fill(~is_drawn, 1).unsqueeze(1),
+        top_k=draws.top_k.clamp(1, vocab_size).unsqueeze(1),
+        top_p=draws.top_p.unsqueeze(1),
+        min_p=draws.min_p.unsqueeze(1),
+        highest_top_k=vocab_size,
+    )
+    drawn, _ = ops.draw(logits, shaping, uniforms(draws.seeds, draws.positions))
+    return torch.where(is_drawn, drawn, likeliest), highest
+
+
+_GOLDEN: Final = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """`sampling_ops.uniforms` of tensors: int64 [R], int64 [R] -> float64 [R] in [0, 1), the same to the bit.
+
+    torch has no arithmetic on unsigned numbers; that of signed ones differs only in how it shifts to the right.
+    """
+    start = _mix(seeds * (0xD1342543DE82EF95 - (1 << 64)) + _GOLDEN)
+    bits = _shifted(_mix(start + (positions + 1) * _GOLDEN), 11)
+    return bits.double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
