@@ -32,6 +32,8 @@ _GROUP: Final = 32
 class RandomCheckpoint(Checkpoint):
     """Tensors of the given names and shapes, normal with the deviation 0.02; norms are around 1. `seed` decides all.
 
+    They are made on `device`: on a GPU none of them passes through the host's memory. What is read is there too.
+
     With a `quantization` of int8 or int4 the matrices are made as codes and scales in groups of 32, like GGUF's Q8_0
     and Q4_0: loaded as they are stored, no matrix is ever held as floats.
     """
@@ -42,6 +44,7 @@ class RandomCheckpoint(Checkpoint):
         shapes: Mapping[str, tuple[int, ...]],
         seed: int = 0,
         quantization: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.folder = Path("random weights")
         self._config_fields = config.to_hugging_face()
@@ -49,6 +52,8 @@ class RandomCheckpoint(Checkpoint):
         self._shapes = dict(sorted(shapes.items()))
         self._seed = seed
         values = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(seed)) * _DEVIATION
+        # Drawn on the host, so that every device has the same ones.
+        values = values.to(device)
         self._block = values.to(torch_dtype(config.dtype))
         self._bits, self._type = _CODES.get(quantization or "", (0, ""))
         if self._bits:
@@ -99,7 +104,7 @@ class RandomCheckpoint(Checkpoint):
             return rows[:, source[1]]
         return rows.view(-1).add_(1) if name.endswith("norm.weight") else rows.view(-1)
 
-    def read_groups(self, name: str, source: tuple[slice, ...]) -> GroupQuantized | None:
+    def read_quantized(self, name: str, source: tuple[slice, ...]) -> GroupQuantized | None:
         if not self.is_quantized(name) or any(end % _GROUP for end in (source[1].start, source[1].stop)):
             return None
         whole = self._groups(name, source[0])
@@ -120,7 +125,7 @@ class RandomCheckpoint(Checkpoint):
         """Rows of so many values, out of the endless repetition of the block."""
         # Each tensor starts somewhere else, so that two of one shape differ.
         start = (zlib.crc32(name.encode(), self._seed) + rows.start * width) % _BLOCK
-        result = torch.empty((rows.stop - rows.start) * width, dtype=block.dtype)
+        result = torch.empty((rows.stop - rows.start) * width, dtype=block.dtype, device=block.device)
         done = 0
         while done < len(result):
             piece = block[start : start + len(result) - done]
@@ -130,9 +135,11 @@ class RandomCheckpoint(Checkpoint):
         return result.view(-1, width)
 
 
-def random_checkpoint(config: LLaMAConfig, seed: int = 0, quantization: str | None = None) -> RandomCheckpoint:
+def random_checkpoint(
+    config: LLaMAConfig, seed: int = 0, quantization: str | None = None, device: torch.device | str = "cpu"
+) -> RandomCheckpoint:
     """A checkpoint that `load_model` and `Engine.from_pretrained` take: every weight is random, in `config.dtype` or,
-    if asked, quantised (see RandomCheckpoint).
+    if asked, quantised (see RandomCheckpoint), made on the device where the model will be.
 
     It has no tokenizer; see `puna.engine.token_ids`. Raises ValueError for a config that its architecture's config.json
     can't say.
@@ -140,4 +147,4 @@ def random_checkpoint(config: LLaMAConfig, seed: int = 0, quantization: str | No
     with torch.device("meta"):
         model = MODELS[config.architecture](config)
     shapes = {name: piece.full_shape for name, piece in model.pieces()}
-    return RandomCheckpoint(config, shapes, seed, quantization)
+    return RandomCheckpoint(config, shapes, seed, quantization, device)
