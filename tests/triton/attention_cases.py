@@ -25,7 +25,7 @@ def inputs(sequences: int, tokens: int, context: int, cache: torch.dtype) -> lis
 
 
 def _launch(sequences: int, tokens: int, context: int, cache: torch.dtype, deterministic: bool = False) -> None:
-    op = triton_attention.paged_attention_deterministic if deterministic else triton_attention.paged_attention
+    op = triton_attention.deterministic_paged_attention if deterministic else triton_attention.paged_attention
     op(*inputs(sequences, tokens, context, cache), SIZE**-0.5, None)
 
 

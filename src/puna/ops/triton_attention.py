@@ -1,31 +1,28 @@
-"""Attention on GPUs: one kernel over the paged cache, or over packed keys and values, and how it is cut for a device.
+"""Attention on GPUs: how it is cut into programs, for the paged cache and for packed keys and values.
 
-A program attends for a few tokens of one sequence and the query heads of one key/value head, which share the keys that
-it reads; the keys are read in tiles with an online softmax (FlashAttention-2, Dao, 2023; the cut along keys is
-Flash-Decoding's, Dao et al., 2023). Caches are [blocks, K, block size, D] of the query's dtype, another float dtype,
-float8_e4m3fn of unit scale, or int8, whose chunk of a block and head is `block size` rows of D codes and then as many
-float32 scales: value = code * scale, scale = highest absolute value / 127.
+Caches are [blocks, K, block size, D] of the query's dtype, of another float dtype, of float8_e4m3fn with unit scale
+(the layer applies others), or int8 with D + 4 bytes a row: there the chunk of a block and a head is `block size` rows
+of D codes, then as many float32 scales, and a number is its code times its row's scale.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from puna.ops.triton_device import multiprocessors
-from puna.ops.triton_rounding import INTERPRETED, rounded
+from puna.ops.triton_attention_kernel import attention_kernel, combine_kernel
+from puna.ops.triton_device import capability, multiprocessors
 
 LOG2_E: Final = 1.4426950408889634
-# Keys after which the deterministic form starts new sums, which are then added up in order.
+# Keys after which the deterministic form starts new sums, which are then added up in order: of these runs several
+# programs may take one each, without a change of any bit.
 FIXED_SPLIT: Final = 1024
-# Weights of int8 values carry the values' scales, which may be small; this keeps them out of float16's subnormals, and
-# values up to float16's highest below its infinity.
-WEIGHT_SHIFT: Final = tl.constexpr(64.0)
+# Bytes that the sums of splits may take.
+MAX_PARTIAL: Final = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -36,418 +33,6 @@ class Cut:
     keys: int
     warps: int
     stages: int
-
-
-@triton.jit
-def _tile_of(program, query_starts, sequences, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sequence of a program, and which of its tiles: sequence b's are numbered from query_starts[b] / TOKENS + b."""
-    found = 0
-    for first in range(0, sequences, 256):
-        b = first + tl.arange(0, 256)
-        starts = tl.load(query_starts + b, mask=b < sequences, other=0)
-        found += tl.sum(((b < sequences) & (starts // TOKENS + b <= program)).to(tl.int32))
-    sequence = found - 1
-    return sequence, program - tl.load(query_starts + sequence) // TOKENS - sequence
-
-
-@triton.jit
-def _unpacked(pairs, KIND: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two bytes in each int16 -> the number in the lower one, the number in the higher one; both exact in float16.
-
-    A code becomes the bits of 1024 + 128 + code, less 1152: a conversion of integers would be an instruction, and a slow
-    one, for each. On the GPU both forms are spelled out, since compilers work on single bytes where these take four.
-    """
-    if INTERPRETED:
-        low, high = pairs & 0xFF, (pairs >> 8) & 0xFF
-        if KIND == "int8":
-            even = (low ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-            odd = (high ^ 0x6480).to(tl.float16, bitcast=True) - 1152.0
-        else:
-            even = low.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-            odd = high.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-    elif KIND == "int8":
-        even, odd = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 high, bias;
-            mov.b32 bias, 0x64806480;
-            shr.b32 high, $2, 8;
-            lop3.b32 $0, $2, 0x00ff00ff, bias, 0x6a;
-            lop3.b32 $1, high, 0x00ff00ff, bias, 0x6a;
-            sub.f16x2 $0, $0, bias;
-            sub.f16x2 $1, $1, bias;
-            }""",
-            "=&r,=&r,r",
-            [pairs],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        even, odd = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 sorted;
-            .reg .b16 low, high;
-            prmt.b32 sorted, $2, $2, 0x3120;
-            mov.b32 {low, high}, sorted;
-            cvt.rn.f16x2.e4m3x2 $0, low;
-            cvt.rn.f16x2.e4m3x2 $1, high;
-            }""",
-            "=&r,=&r,r",
-            [pairs],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    return even.to(DTYPE), odd.to(DTYPE)
-
-
-@triton.jit
-def _tile(base, rows, d, present, SIZE: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """SIZE numbers of each row, zeros up to a power of two and, where MASKED, in rows that are not present."""
-    pointers = base + rows[:, None] + d[None, :]
-    WHOLE: tl.constexpr = triton.next_power_of_2(SIZE) == SIZE
-    if MASKED and WHOLE:
-        return tl.load(pointers, mask=present[:, None], other=0)
-    if MASKED:
-        return tl.load(pointers, mask=present[:, None] & (d < SIZE)[None, :], other=0)
-    if WHOLE:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(rows[:, None] >= 0) & (d < SIZE)[None, :], other=0)
-
-
-@triton.jit
-def _merge(highest, total, sums, odd_sums, highest2, total2, sums2, odd_sums2):  # type: ignore[no-untyped-def]
-    """The sums over two sets of keys together. Spelled out to the rounding, since two kernels must agree on it."""
-    top = tl.maximum(highest, highest2)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    a, b = tl.exp2(highest - safe), tl.exp2(highest2 - safe)
-    total = tl.fma(total, a, total2 * b)
-    sums = tl.fma(sums, a[:, None], sums2 * b[:, None])
-    odd_sums = tl.fma(odd_sums, a[:, None], odd_sums2 * b[:, None])
-    return top, total, sums, odd_sums
-
-
-@triton.jit
-def _attend(  # type: ignore[no-untyped-def]
-    query,
-    odd_query,
-    positions,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    table,
-    block_stride,
-    row_stride,
-    scale_stride,
-    begin,
-    end,
-    oldest,
-    length,
-    window,
-    scale,
-    highest,
-    total,
-    sums,
-    odd_sums,
-    MASKED: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    KIND: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    N: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds the keys begin .. end - 1, of which begin is a multiple of N, to what is summed up so far.
-
-    SIZE: of a row, in numbers, or in pairs of bytes. total: [M], or [M, N] to be added up in the end.
-    """
-    PAIRED: tl.constexpr = KIND != "float"
-    d = tl.arange(0, triton.next_power_of_2(SIZE))
-    # Blocks are looked up one tile ahead: a load whose address is another load's result would halve the pipeline's depth.
-    n = begin + tl.arange(0, N)
-    if BLOCK > 0:
-        next_blocks = tl.load(table + n.to(tl.uint32) // BLOCK, mask=(n >= oldest) & (n < length), other=0)
-    for start in tl.range(begin, end, N, num_stages=STAGES):
-        n = start + tl.arange(0, N)
-        present = n < length
-        if WINDOWED:
-            present = present & (n >= oldest)
-        # Where each row is; what is not present is read from some block, and not used.
-        if BLOCK == 0:
-            rows = n.to(tl.int64) * row_stride
-        else:
-            blocks = next_blocks.to(tl.int64)
-            next_blocks = tl.load(table + (n + N).to(tl.uint32) // BLOCK, mask=n + N < length, other=0)
-            offsets = (n.to(tl.uint32) % BLOCK).to(tl.int32)
-            rows = blocks * block_stride + offsets * SIZE
-        key = _tile(keys, rows, d, present, SIZE, MASKED and BLOCK == 0)
-        if PAIRED:
-            even, odd = _unpacked(key, KIND, query.dtype)
-            scores = tl.dot(query, tl.trans(even), input_precision=PRECISION)
-            scores = tl.dot(odd_query, tl.trans(odd), scores, input_precision=PRECISION)
-        else:
-            scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
-        if KIND == "int8":
-            at = blocks * scale_stride + offsets
-            scores = scores * tl.load(key_scales + at)[None, :]
-        if MASKED:
-            visible = n[None, :] <= positions[:, None]
-            if WINDOWED:
-                visible = visible & (n[None, :] > positions[:, None] - window)
-            scores = tl.where(visible, scores, float("-inf"))
-        top = tl.maximum(highest, tl.max(scores, 1) * scale)
-        safe = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
-        # As written, so that a token's bits don't depend on which operations a compiler joins where.
-        weights = tl.exp2(tl.fma(scores, scale, -safe[:, None]))
-        shrink = tl.exp2(highest - safe)
-        if len(total.shape) == 2:
-            total = tl.fma(total, shrink[:, None], weights)
-        else:
-            total = tl.fma(total, shrink, tl.sum(weights, 1))
-        sums = sums * shrink[:, None]
-        if KIND == "int8":
-            weights = weights * (tl.load(value_scales + at, mask=present, other=0.0) * WEIGHT_SHIFT)[None, :]
-        weights = weights.to(query.dtype)
-        value = _tile(values, rows, d, present, SIZE, MASKED)
-        if PAIRED:
-            odd_sums = odd_sums * shrink[:, None]
-            even, odd = _unpacked(value, KIND, query.dtype)
-            sums = tl.dot(weights, even, sums, input_precision=PRECISION)
-            odd_sums = tl.dot(weights, odd, odd_sums, input_precision=PRECISION)
-        else:
-            sums = tl.dot(weights, value.to(query.dtype), sums, input_precision=PRECISION)
-        highest = top
-    return highest, total, sums, odd_sums
-
-
-@triton.jit
-def _attention_kernel(  # type: ignore[no-untyped-def]
-    query,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    output,
-    partial_highest,
-    partial_totals,
-    partial_sums,
-    block_tables,
-    query_starts,
-    sequence_lengths,
-    scale,
-    window,
-    sequences,
-    tokens,
-    query_stride,
-    head_stride,
-    output_stride,
-    block_stride,
-    row_stride,
-    kv_head_stride,
-    scale_stride,
-    kv_head_scale_stride,
-    table_stride,
-    FEW: tl.constexpr,
-    FIRST_OF_MANY: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FIXED: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    KIND: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Program (tile of tokens, key/value head, split of the keys).
-
-    FEW: program i takes sequence i if it has no more tokens than fit a tile; else tiles of all sequences are counted
-    through, and those of sequences of FIRST_OF_MANY - 1 tokens or less are left to others.
-    SPLITS: with more than one, results go to the partial_... [SPLITS, T, H] and [SPLITS, T, H, D].
-    FIXED: keys after which sums start anew; 0 where they need not.
-    """
-    TOKENS: tl.constexpr = M // GROUP
-    D_PADDED: tl.constexpr = triton.next_power_of_2(D)
-    PAIRED: tl.constexpr = KIND != "float"
-    SIZE: tl.constexpr = D // 2 if PAIRED else D
-    kv_head, split = tl.program_id(1), tl.program_id(2)
-    if FEW:
-        sequence, tile = tl.program_id(0), 0
-    else:
-        # The tiles with the most keys, which come last, are the first to start.
-        sequence, tile = _tile_of(tl.num_programs(0) - 1 - tl.program_id(0), query_starts, sequences, TOKENS)
-    first_row = tl.load(query_starts + sequence)
-    count = tl.load(query_starts + sequence + 1) - first_row
-    if FEW:
-        if count > TOKENS or count == 0:
-            return
-    elif tile * TOKENS >= count or count < FIRST_OF_MANY:
-        return
-    length = tl.load(sequence_lengths + sequence)
-
-    d = tl.arange(0, D_PADDED)
-    # Row r of the tile is token r / GROUP and head r % GROUP.
-    r = tl.arange(0, M)
-    token = tile * TOKENS + r // GROUP
-    real = (r < TOKENS * GROUP) & (token < count)
-    token = tl.where(real, token, tile * TOKENS)
-    head = kv_head * GROUP + r % GROUP
-    positions = length - count + token
-    first_position = length - count + tile * TOKENS
-    last_position = tl.minimum(first_position + TOKENS, length) - 1
-
-    row = (first_row + token).to(tl.int64)
-    query += row[:, None] * query_stride + head[:, None] * head_stride
-    if PAIRED:
-        # Bytes are read in pairs, two neighbours of a row as one int16, and taken apart into the even and the odd ones:
-        # tensor cores want two *keys'* values in a register, and only 16 bits at a time are transposed on the way from
-        # shared memory. Every code and e4m3 number is a float16, and in these weights are rounded less than in bfloat16.
-        pair = tl.arange(0, D_PADDED // 2)
-        pair_mask = real[:, None] & (pair < D // 2)[None, :]
-        q = tl.load(query + 2 * pair[None, :], mask=pair_mask, other=0.0)
-        odd_q = tl.load(query + 2 * pair[None, :] + 1, mask=pair_mask, other=0.0)
-        if q.dtype != tl.float32:
-            q, odd_q = q.to(tl.float16), odd_q.to(tl.float16)
-    else:
-        q = tl.load(query + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-        odd_q = q
-
-    if BLOCK == 0:
-        keys += (first_row - (length - count)).to(tl.int64) * row_stride
-        values += (first_row - (length - count)).to(tl.int64) * row_stride
-    keys += kv_head * kv_head_stride
-    values += kv_head * kv_head_stride
-    key_scales += kv_head * kv_head_scale_stride
-    value_scales += kv_head * kv_head_scale_stride
-    table = block_tables + sequence.to(tl.int64) * table_stride
-
-    oldest = tl.maximum(first_position - window + 1, 0) if WINDOWED else 0
-    begin, end = oldest // N * N, last_position + 1
-    if FIXED > 0:
-        begin = oldest // FIXED * FIXED
-        if SPLITS > 1:
-            begin = split * FIXED
-            end = tl.minimum(end, begin + FIXED)
-            begin = tl.maximum(begin, oldest // N * N)
-    elif SPLITS > 1:
-        part = tl.cdiv(tl.cdiv(end - begin, SPLITS), N) * N
-        begin += split * part
-        end = tl.minimum(end, begin + part)
-
-    highest = tl.full([M], float("-inf"), tl.float32)
-    # Of few rows each thread adds up its own weights, and these are added up in the end: sums across threads take time.
-    total = tl.zeros([M, N] if M <= 16 else [M], tl.float32)
-    sums = tl.zeros([M, D_PADDED // 2 if PAIRED else D_PADDED], tl.float32)
-    odd_sums = tl.zeros([M, D_PADDED // 2 if PAIRED else 1], tl.float32)
-    if FIXED > 0 and SPLITS == 1:
-        for first in range(begin, end, FIXED):
-            highest2, total2, sums2, odd_sums2 = _attend(
-                q, odd_q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride, scale_stride,
-                tl.maximum(first, oldest // N * N), tl.minimum(first + FIXED, end), oldest, length, window, scale,
-                tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32),
-                tl.zeros([M, D_PADDED // 2 if PAIRED else D_PADDED], tl.float32),
-                tl.zeros([M, D_PADDED // 2 if PAIRED else 1], tl.float32),
-                True, WINDOWED, KIND, SIZE, BLOCK, N, STAGES, PRECISION,
-            )  # fmt: skip
-            highest, total, sums, odd_sums = _merge(
-                highest, total, sums, odd_sums, highest2, total2, sums2, odd_sums2
-            )
-    else:
-        if not FEW and FIXED == 0:
-            # Tiles that all rows see whole need no masks.
-            whole = tl.minimum((first_position + 1) // N * N, end)
-            if WINDOWED:
-                partly = tl.minimum(tl.cdiv(tl.maximum(last_position - window + 1, 0), N) * N, end)
-                partly = tl.maximum(partly, begin)
-                highest, total, sums, odd_sums = _attend(
-                    q, odd_q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
-                    scale_stride, begin, partly, oldest, length, window, scale, highest, total, sums, odd_sums,
-                    True, WINDOWED, KIND, SIZE, BLOCK, N, STAGES, PRECISION,
-                )  # fmt: skip
-                begin = partly
-            highest, total, sums, odd_sums = _attend(
-                q, odd_q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
-                scale_stride, begin, whole, oldest, length, window, scale, highest, total, sums, odd_sums,
-                False, WINDOWED, KIND, SIZE, BLOCK, N, STAGES, PRECISION,
-            )  # fmt: skip
-            begin = tl.maximum(whole, begin)
-        highest, total, sums, odd_sums = _attend(
-            q, odd_q, positions, keys, values, key_scales, value_scales, table, block_stride, row_stride,
-            scale_stride, begin, end, oldest, length, window, scale, highest, total, sums, odd_sums,
-            True, WINDOWED, KIND, SIZE, BLOCK, N, STAGES, PRECISION,
-        )  # fmt: skip
-
-    if M <= 16:
-        total = tl.sum(total, 1)
-    if KIND == "int8":
-        sums, odd_sums = sums / WEIGHT_SHIFT, odd_sums / WEIGHT_SHIFT
-    result = tl.interleave(sums, odd_sums) if PAIRED else sums
-    mask = real[:, None] & (d < D)[None, :]
-    if SPLITS == 1:
-        result = result / tl.where(total == 0.0, 1.0, total)[:, None]
-        out = output + row[:, None] * output_stride + head[:, None] * D + d[None, :]
-        tl.store(out, rounded(result, output.dtype.element_ty), mask=mask)
-    else:
-        at = (split.to(tl.int64) * tokens + row) * HEADS + head
-        tl.store(partial_highest + at, highest, mask=real)
-        tl.store(partial_totals + at, total, mask=real)
-        # Sums of nothing are not read either.
-        tl.store(partial_sums + at[:, None] * D + d[None, :], result, mask=mask & (total > 0.0)[:, None])
-
-
-@triton.jit
-def _combine_kernel(  # type: ignore[no-untyped-def]
-    partial_highest,
-    partial_totals,
-    partial_sums,
-    output,
-    tokens,
-    output_stride,
-    SPLITS: tl.constexpr,
-    FIXED: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-):
-    """The result of one token and head from its splits: all at once, or one by one as a program without splits would."""
-    D_PADDED: tl.constexpr = triton.next_power_of_2(D)
-    token, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, D_PADDED)
-    first = token.to(tl.int64) * HEADS + head
-    if FIXED:
-        highest = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], tl.float32)
-        sums = tl.zeros([1, D_PADDED], tl.float32)
-        none = tl.zeros([1, 1], tl.float32)
-        for split in range(SPLITS):
-            at = split.to(tl.int64) * tokens * HEADS + first + tl.arange(0, 1)
-            highest2, total2 = tl.load(partial_highest + at), tl.load(partial_totals + at)
-            mask = (d < D)[None, :] & (total2 > 0.0)[:, None]
-            sums2 = tl.load(partial_sums + at[:, None] * D + d[None, :], mask=mask, other=0.0)
-            highest, total, sums, none = _merge(highest, total, sums, none, highest2, total2, sums2, none)
-        result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(
-            output + token.to(tl.int64) * output_stride + head * D + d[None, :],
-            rounded(result, output.dtype.element_ty),
-            mask=(d < D)[None, :],
-        )
-    else:
-        z = tl.arange(0, triton.next_power_of_2(SPLITS))
-        at = z.to(tl.int64) * tokens * HEADS + first
-        highest = tl.load(partial_highest + at, mask=z < SPLITS, other=float("-inf"))
-        total = tl.load(partial_totals + at, mask=z < SPLITS, other=0.0)
-        mask = (d < D)[None, :] & (total > 0.0)[:, None]
-        sums = tl.load(partial_sums + at[:, None] * D + d[None, :], mask=mask, other=0.0)
-        top = tl.max(highest, 0)
-        factors = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
-        everything = tl.sum(total * factors, 0)
-        result = tl.sum(sums * factors[:, None], 0) / tl.where(everything == 0.0, 1.0, everything)
-        out = output + token.to(tl.int64) * output_stride + head * D + d
-        tl.store(out, rounded(result, output.dtype.element_ty), mask=d < D)
 
 
 def paged_attention(
@@ -461,12 +46,24 @@ def paged_attention(
     sliding_window: int | None,
 ) -> Tensor:
     """reference.paged_attention, also for caches in FP8 and int8. -> [T, H, D]"""
-    return _paged(
-        query, key_cache, value_cache, block_tables, query_starts, sequence_lengths, scale, sliding_window, False
-    )
+    source = _paged(key_cache, value_cache, block_tables, query.shape[2])
+    tokens, sequences = query.shape[0], query_starts.shape[0] - 1
+    group = query.shape[1] // source.kv_heads
+    few, many = (cut(group, query.shape[2], source.itemsize) for cut in (few_cut, many_cut))
+    # Sequences of a token or a few are one launch, longer ones another, each with a tile that suits it; a program finds
+    # out whose sequence it has. Where there are as many tokens as sequences, all have one.
+    launches = [Launch(few, sequences, each_sequence=True)]
+    if tokens > sequences:
+        few_tokens = few.rows // group
+        launches.append(Launch(many, _tiles(tokens, sequences, many.rows // group), first=few_tokens + 1))
+    fewest = max(launch.programs for launch in launches) * source.kv_heads
+    longest = block_tables.shape[1] * source.block_size
+    longest = longest if sliding_window is None else min(longest, sliding_window)
+    wanted = min(4 * multiprocessors(query.device) // fewest, longest // 256, 64, _most_splits(query))
+    return _attend(query, source, query_starts, sequence_lengths, scale, sliding_window, launches, max(1, wanted), 0)
 
 
-def paged_attention_deterministic(
+def deterministic_paged_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -476,141 +73,199 @@ def paged_attention_deterministic(
     scale: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """The same, where a token's bits depend on nothing but its own position, query, and the keys that it sees."""
-    return _paged(
-        query, key_cache, value_cache, block_tables, query_starts, sequence_lengths, scale, sliding_window, True
-    )
+    """The same, where a token's bits depend on nothing but its position, its query, and the keys that it sees."""
+    source = _paged(key_cache, value_cache, block_tables, query.shape[2])
+    launch = _fixed_launch(query, source, query_starts.shape[0] - 1)
+    splits = -(-block_tables.shape[1] * source.block_size // FIXED_SPLIT)
+    if launch.programs * source.kv_heads > 2 * multiprocessors(query.device) or splits > _most_splits(query):
+        splits = 1
+    return _attend(query, source, query_starts, sequence_lengths, scale, sliding_window, [launch], splits, FIXED_SPLIT)
 
 
-def few_cut(group: int, head_size: int, itemsize: int) -> Cut:
-    """For sequences of a few tokens: bound by memory, so the smallest tile that tensor cores take."""
-    rows = max(16, triton.next_power_of_2(group))
-    return Cut(rows, 64 if head_size * itemsize <= 256 else 32, 4, 3)
-
-
-def many_cut(group: int, head_size: int, itemsize: int) -> Cut:
-    """For prompts and their chunks: bound by tensor cores."""
-    rows = max(128, triton.next_power_of_2(group))
-    return Cut(rows, 64 if head_size <= 128 else 32, 8, 3)
-
-
-def fixed_cut(group: int, head_size: int, itemsize: int) -> Cut:
-    """For both, where bits must not depend on which of them it is."""
-    rows = max(64, triton.next_power_of_2(group))
-    return Cut(rows, 64 if head_size <= 128 else 32, 4, 3)
-
-
-def _paged(
+def packed_attention(
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
+    key: Tensor,
+    value: Tensor,
     query_starts: Tensor,
-    sequence_lengths: Tensor,
+    lengths: Tensor,
     scale: float,
     sliding_window: int | None,
     deterministic: bool,
 ) -> Tensor:
-    query = query if query.stride(2) == 1 else query.contiguous()
-    tokens, heads, size = query.shape
-    blocks, kv_heads, block_size, width = key_cache.shape
-    kind = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}.get(key_cache.dtype, "float")
-    if kind == "int8" and width != size + 4:
-        raise ValueError(f"the int8 cache has rows of {width} bytes: heads of {size} need {size + 4}")
+    """Causal attention of whole prompts to themselves: key and value [T, K, D] beside query [T, H, D] -> [T, H, D].
+
+    lengths: int32 [B], the differences of query_starts. `deterministic` gives the bits of deterministic_paged_attention
+    over a cache of the query's dtype.
+    """
+    if key.stride() != value.stride() or key.stride(2) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    source = Source(key, value, key, value, query_starts, "float", 0, key.shape[1], key.dtype.itemsize)
+    sequences = lengths.shape[0]
+    if deterministic:
+        launch = _fixed_launch(query, source, sequences)
+    else:
+        cut = many_cut(query.shape[1] // source.kv_heads, query.shape[2], source.itemsize)
+        launch = Launch(cut, _tiles(query.shape[0], sequences, cut.rows * source.kv_heads // query.shape[1]))
+    fixed = FIXED_SPLIT if deterministic else 0
+    return _attend(query, source, query_starts, lengths, scale, sliding_window, [launch], 1, fixed)
+
+
+def few_cut(group: int, head_size: int, itemsize: int) -> Cut:
+    """For sequences of a few tokens: bound by memory, so the smallest tile that tensor cores take.
+
+    At 4.3 TB/s a multiprocessor of 132 gets 33 bytes a nanosecond, and a load takes about one microsecond when memory
+    is busy, so 33 KB must be on their way at any time. Of `stages` tiles of keys and values one is worked on and the
+    next stages - 2 are on their way: in bfloat16 32 KB for each of 3 programs that fit, in FP8 32 KB for each of 4.
+    """
+    rows = max(16, triton.next_power_of_2(group))
+    return Cut(rows, 64 if head_size * itemsize <= 256 else 32, 4, 3 if itemsize > 1 else 4)
+
+
+def many_cut(group: int, head_size: int, itemsize: int) -> Cut:
+    """For prompts and their chunks: bound by tensor cores, which want groups of four warps with 64 rows each."""
+    if itemsize == 4:  # three products for each: of the larger tiles' registers there are not enough
+        return few_cut(group, head_size, itemsize)
+    return Cut(max(128, triton.next_power_of_2(group)), 64 if head_size <= 128 else 32, 8, 3)
+
+
+def fixed_cut(group: int, head_size: int, itemsize: int) -> Cut:
+    """For both, where bits must not depend on which of them it is: eight warps, since two sets of sums do not fit the
+    registers of four."""
+    if itemsize == 4:
+        return few_cut(group, head_size, itemsize)
+    return Cut(max(64, triton.next_power_of_2(group)), 32 if head_size > 128 or itemsize == 1 else 64, 8, 3)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the keys and values are: with a block size of 0 in rows [T, K, D], else in the blocks that tables name.
+
+    keys, values: of bytes, pairs of them as int16. key_scales, value_scales: float32, beginning with the first scale.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
+    block_tables: Tensor
+    kind: Literal["float", "fp8", "int8"]
+    block_size: int
+    kv_heads: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One of a step's launches: which sequences it takes, those of at least `first` tokens or, with `each_sequence`,
+    those whose tokens fit one tile; and for how many programs along its first axis."""
+
+    cut: Cut
+    programs: int
+    first: int = 1
+    each_sequence: bool = False
+
+
+def _paged(key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, head_size: int) -> Source:
     if not key_cache.is_contiguous() or not value_cache.is_contiguous():
         raise ValueError("the caches must be contiguous")
-    sequences = query_starts.shape[0] - 1
-    group = heads // kv_heads
-    itemsize = key_cache.dtype.itemsize
-    longest = block_tables.shape[1] * block_size
-    output = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
+    _, kv_heads, block_size, width = key_cache.shape
+    caches = (key_cache, value_cache)
+    if key_cache.dtype == torch.int8:
+        if width != head_size + 4 or block_size * head_size % 4:
+            raise ValueError(f"the int8 cache has rows of {width} bytes: heads of {head_size} need {head_size + 4}")
+        # Of the memory as a row of float32, from where the first chunk's scales are.
+        scales = [cache.view(torch.float32).view(-1)[block_size * head_size // 4 :] for cache in caches]
+        pairs = [cache.view(torch.int16) for cache in caches]
+        return Source(*pairs, *scales, block_tables, "int8", block_size, kv_heads, 1)
+    if width != head_size:
+        raise ValueError(f"the cache has rows of {width} numbers: heads have {head_size}")
+    if key_cache.dtype == torch.float8_e4m3fn:
+        if capability(key_cache.device) < (8, 9):
+            raise ValueError("this GPU has no FP8: use a cache of the model's dtype or int8")
+        pairs = [cache.view(torch.int16) for cache in caches]
+        return Source(*pairs, *pairs, block_tables, "fp8", block_size, kv_heads, 1)
+    return Source(*caches, *caches, block_tables, "float", block_size, kv_heads, key_cache.dtype.itemsize)
 
-    # Each launch: the cut, whether it is the one for few tokens, the first number of tokens that it takes, programs.
-    few, many = few_cut(group, size, itemsize), many_cut(group, size, itemsize)
-    launches: list[tuple[Cut, bool, int, int]] = []
-    if deterministic:
-        cut = fixed_cut(group, size, itemsize)
-        launches.append((cut, tokens == sequences, 1, _tiles(tokens, sequences, cut.rows // group)))
-    else:
-        launches.append((few, True, 1, sequences))
-        if tokens > sequences:
-            few_tokens = few.rows // group
-            launches.append((many, False, few_tokens + 1, _tiles(tokens, sequences, many.rows // group)))
 
-    splits = _splits(query, kv_heads, max(launch[3] for launch in launches), longest, sliding_window, deterministic)
-    highest = totals = sums = output
+def _fixed_launch(query: Tensor, source: Source, sequences: int) -> Launch:
+    group = query.shape[1] // source.kv_heads
+    cut = fixed_cut(group, query.shape[2], source.itemsize)
+    return Launch(cut, _tiles(query.shape[0], sequences, cut.rows // group))
+
+
+def _tiles(tokens: int, sequences: int, tokens_of_tile: int) -> int:
+    """No fewer than all sequences have tiles, which shapes alone can tell."""
+    return sequences if tokens == sequences else tokens // tokens_of_tile + sequences
+
+
+def _most_splits(query: Tensor) -> int:
+    return MAX_PARTIAL // (4 * query.numel())
+
+
+def _attend(
+    query: Tensor,
+    source: Source,
+    query_starts: Tensor,
+    sequence_lengths: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    launches: list[Launch],
+    splits: int,
+    fixed: int,
+) -> Tensor:
+    query = query if query.stride(2) == 1 else query.contiguous()
+    tokens, heads, size = query.shape
+    output = highest = totals = sums = torch.empty((tokens, heads, size), dtype=query.dtype, device=query.device)
     if splits > 1:
         highest, totals = (
             torch.empty((splits, tokens, heads), dtype=torch.float32, device=query.device) for _ in range(2)
         )
         sums = torch.empty((splits, tokens, heads, size), dtype=torch.float32, device=query.device)
-    keys, values = (cache if kind == "float" else cache.view(torch.int16) for cache in (key_cache, value_cache))
-    scales = [cache.view(torch.float32) if kind == "int8" else cache for cache in (key_cache, value_cache)]
-    first_scale = block_size * size // 4
-    for cut, is_few, first_of_many, programs in launches:
-        _attention_kernel[(programs, kv_heads, splits)](
+    keys, block = source.keys, source.block_size
+    width = 2 if source.kind == "int8" else 1  # int16 in a scale
+    for launch in launches:
+        attention_kernel[(launch.programs, source.kv_heads, splits)](
             query,
             keys,
-            values,
-            *(part.flatten()[first_scale:] if kind == "int8" else part for part in scales),
+            source.values,
+            source.key_scales,
+            source.value_scales,
             output,
             highest,
             totals,
             sums,
-            block_tables,
+            source.block_tables,
             query_starts,
             sequence_lengths,
             scale * LOG2_E,
             sliding_window or 0,
-            sequences,
+            query_starts.shape[0] - 1,
             tokens,
             query.stride(0),
             query.stride(1),
-            output.stride(0),
             keys.stride(0),
-            0,
             keys.stride(1),
-            scales[0].stride(0),
-            scales[0].stride(1),
-            block_tables.stride(0),
-            FEW=is_few,
-            FIRST_OF_MANY=first_of_many,
+            keys.stride(0) // width,
+            keys.stride(1) // width,
+            source.block_tables.stride(0),
+            FEW=launch.each_sequence,
+            FIRST_OF_MANY=launch.first,
             SPLITS=splits,
-            FIXED=FIXED_SPLIT if deterministic else 0,
+            FIXED=fixed,
             WINDOWED=sliding_window is not None,
-            KIND=kind,
+            KIND=source.kind,
             HEADS=heads,
-            GROUP=group,
+            GROUP=heads // source.kv_heads,
             D=size,
-            BLOCK=block_size,
-            M=cut.rows,
-            N=cut.keys,
-            STAGES=cut.stages,
+            BLOCK=block,
+            M=launch.cut.rows,
+            N=launch.cut.keys,
+            STAGES=launch.cut.stages,
             PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
-            num_warps=cut.warps,
+            num_warps=launch.cut.warps,
         )
     if splits > 1:
-        _combine_kernel[(tokens, heads)](
-            highest, totals, sums, output, tokens, output.stride(0), SPLITS=splits, FIXED=deterministic, HEADS=heads, D=size,
-            num_warps=4,
-        )  # fmt: skip
+        combine_kernel[(tokens, heads)](
+            highest, totals, sums, output, tokens, SPLITS=splits, FIXED=fixed > 0, HEADS=heads, D=size, num_warps=4
+        )
     return output
-
-
-def _tiles(tokens: int, sequences: int, tokens_of_tile: int) -> int:
-    """An upper bound of the tiles of all sequences, by shapes alone; so many programs number them."""
-    return sequences if tokens == sequences else tokens // tokens_of_tile + sequences
-
-
-def _splits(
-    query: Tensor, kv_heads: int, programs: int, longest: int, sliding_window: int | None, deterministic: bool
-) -> int:
-    """Into how many parts the keys are cut so that all multiprocessors have work."""
-    room = (1 << 28) // (4 * query.numel())  # 256 MiB of sums
-    wanted = 4 * multiprocessors(query.device)
-    if deterministic:
-        splits = -(-longest // FIXED_SPLIT)
-        return splits if programs * kv_heads < wanted // 2 and splits <= room else 1
-    if sliding_window is not None:
-        longest = min(longest, sliding_window + 1)
-    return max(1, min(wanted // (programs * kv_heads), longest // 256, room, 64))

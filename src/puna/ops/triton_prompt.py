@@ -1,0 +1,105 @@
+"""Attention of whole prompts to themselves, without the cache: our kernel or PyTorch's own, as measured."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puna.ops import triton_tuning
+from puna.ops.triton_attention import packed_attention
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before PyTorch 2.10
+    varlen_attn = None
+
+
+def prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, sliding_window: int | None
+) -> Tensor:
+    """reference.prompt_attention -> [T, H, D]"""
+    lengths = tuple(lengths)
+    longest = max(lengths)
+    if sliding_window is not None and sliding_window >= longest:
+        sliding_window = None
+
+    def run(variant: str) -> Tensor:
+        return run_variant(variant, query, key, value, lengths, scale, sliding_window)
+
+    names = variants(query, lengths, sliding_window)
+    bucket = triton_tuning.bucket
+    shape = (bucket(len(lengths)), bucket(longest), query.shape[1], key.shape[1], query.shape[2], str(query.dtype))
+    # Where nothing was measured: one launch for many short prompts, the library's kernels for few long ones.
+    default = "library" if "library" in names and longest >= 1024 and len(lengths) <= 8 else "triton"
+    return run(triton_tuning.current().choose("prompt_attention/1", shape, default, names, run))
+
+
+def deterministic_prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, sliding_window: int | None
+) -> Tensor:
+    """The same, with the bits of triton_attention.deterministic_paged_attention over a cache of the query's dtype."""
+    starts, counts = _on_device(tuple(lengths), query.device)
+    return packed_attention(query, key, value, starts, counts, scale, sliding_window, deterministic=True)
+
+
+def variants(query: Tensor, lengths: tuple[int, ...], sliding_window: int | None) -> tuple[str, ...]:
+    """Those that may serve these prompts: PyTorch's have no windows that are worth it, and "varlen" no float32."""
+    if sliding_window is not None or query.device.type != "cuda":
+        return ("triton",)
+    if varlen_attn is None or query.dtype == torch.float32 or len(lengths) == 1:
+        return ("triton", "library")
+    return ("triton", "library", "varlen")
+
+
+def run_variant(
+    variant: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """prompt_attention by one of `variants`. Those of PyTorch's know no window."""
+    if variant == "library":
+        return _library(query, key, value, lengths, scale)
+    starts, counts = _on_device(lengths, query.device)
+    if variant == "varlen":
+        longest, grouped = max(lengths), query.shape[1] != key.shape[1]
+        result: Tensor = varlen_attn(
+            query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
+        )
+        return result
+    return packed_attention(query, key, value, starts, counts, scale, sliding_window, deterministic=False)
+
+
+def _library(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """scaled_dot_product_attention, which picks cuDNN's kernel or FlashAttention: one call for each run of prompts that
+    are of one length."""
+    grouped = query.shape[1] != key.shape[1]
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    first = start = 0
+    while first < len(lengths):
+        length, same = lengths[first], 1
+        while first + same < len(lengths) and lengths[first + same] == length:
+            same += 1
+        rows = slice(start, start + same * length)
+        q, k, v = (part[rows].unflatten(0, (same, length)).transpose(1, 2) for part in (query, key, value))
+        one = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, scale=scale, enable_gqa=grouped)
+        output[rows] = one.transpose(1, 2).flatten(0, 1)
+        first, start = first + same, rows.stop
+    return output
+
+
+# A step's layers all ask for the same lengths, and a copy to the GPU takes longer than some of the kernels.
+@functools.lru_cache(maxsize=4)
+def _on_device(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each sequence's tokens start, int32 [B + 1], and how many it has, int32 [B]."""
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    starts[1:] = counts.cumsum(0)
+    return starts.to(device), counts.to(device)
