@@ -46,7 +46,7 @@ def paged_attention(
     sliding_window: int | None,
 ) -> Tensor:
     """reference.paged_attention, also for caches in FP8 and int8. -> [T, H, D]"""
-    source = _paged(key_cache, value_cache, block_tables, query.shape[2])
+    source = _paged(query, key_cache, value_cache, block_tables)
     tokens, sequences = query.shape[0], query_starts.shape[0] - 1
     group = query.shape[1] // source.kv_heads
     few, many = (cut(group, query.shape[2], source.itemsize) for cut in (few_cut, many_cut))
@@ -74,7 +74,7 @@ def deterministic_paged_attention(
     sliding_window: int | None,
 ) -> Tensor:
     """The same, where a token's bits depend on nothing but its position, its query, and the keys that it sees."""
-    source = _paged(key_cache, value_cache, block_tables, query.shape[2])
+    source = _paged(query, key_cache, value_cache, block_tables)
     launch = _fixed_launch(query, source, query_starts.shape[0] - 1)
     splits = -(-block_tables.shape[1] * source.block_size // FIXED_SPLIT)
     if launch.programs * source.kv_heads > 2 * multiprocessors(query.device) or splits > _most_splits(query):
@@ -99,7 +99,7 @@ def packed_attention(
     """
     if key.stride() != value.stride() or key.stride(2) != 1:
         key, value = key.contiguous(), value.contiguous()
-    source = Source(key, value, key, value, query_starts, "float", 0, key.shape[1], key.dtype.itemsize)
+    source = Source(key, value, key, value, query_starts, "float", 0, key.shape[1], _itemsize(query, key))
     sequences = lengths.shape[0]
     if deterministic:
         launch = _fixed_launch(query, source, sequences)
@@ -151,7 +151,7 @@ class Source:
     kind: Literal["float", "fp8", "int8"]
     block_size: int
     kv_heads: int
-    itemsize: int
+    itemsize: int  # see _itemsize
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,9 @@ class Launch:
     each_sequence: bool = False
 
 
-def _paged(key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, head_size: int) -> Source:
+def _paged(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor) -> Source:
+    head_size = query.shape[2]
+    itemsize = _itemsize(query, key_cache)
     if not key_cache.is_contiguous() or not value_cache.is_contiguous():
         raise ValueError("the caches must be contiguous")
     _, kv_heads, block_size, width = key_cache.shape
@@ -176,15 +178,20 @@ def _paged(key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, head_si
         # Of the memory as a row of float32, from where the first chunk's scales are.
         scales = [cache.view(torch.float32).view(-1)[block_size * head_size // 4 :] for cache in caches]
         pairs = [cache.view(torch.int16) for cache in caches]
-        return Source(*pairs, *scales, block_tables, "int8", block_size, kv_heads, 1)
+        return Source(*pairs, *scales, block_tables, "int8", block_size, kv_heads, itemsize)
     if width != head_size:
         raise ValueError(f"the cache has rows of {width} numbers: heads have {head_size}")
     if key_cache.dtype == torch.float8_e4m3fn:
         if capability(key_cache.device) < (8, 9):
             raise ValueError("this GPU has no FP8: use a cache of the model's dtype or int8")
         pairs = [cache.view(torch.int16) for cache in caches]
-        return Source(*pairs, *pairs, block_tables, "fp8", block_size, kv_heads, 1)
-    return Source(*caches, *caches, block_tables, "float", block_size, kv_heads, key_cache.dtype.itemsize)
+        return Source(*pairs, *pairs, block_tables, "fp8", block_size, kv_heads, itemsize)
+    return Source(*caches, *caches, block_tables, "float", block_size, kv_heads, itemsize)
+
+
+def _itemsize(query: Tensor, keys: Tensor) -> int:
+    """What matters of the two for the cut: all is float32 where queries are, else bytes come as the cache has them."""
+    return 4 if query.dtype == torch.float32 else keys.dtype.itemsize
 
 
 def _fixed_launch(query: Tensor, source: Source, sequences: int) -> Launch:

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from puna.ops import OpSpec, triton_fp8, triton_norm, triton_pointwise, triton_rotary
+from puna.ops import OpSpec, triton_attention, triton_fp8, triton_norm, triton_pointwise, triton_prompt, triton_rotary
 from puna.ops.triton_device import capability
 
 
 def _always(spec: OpSpec) -> str | None:
+    return None
+
+
+def _attends(spec: OpSpec) -> str | None:
+    if spec.head_size % 4 or spec.head_size > 256:
+        return f"heads of {spec.head_size} numbers: the kernel takes multiples of 4 up to 256"
     return None
 
 
@@ -29,8 +35,8 @@ def _has_fp8(spec: OpSpec) -> str | None:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A launcher, for a spec the reason why it does not serve it, or None, and the one of the deterministic mode, if that
-    is another."""
+    """A launcher, for a spec the reason why it does not serve it, or None, and the one of the deterministic mode, if
+    that is another."""
 
     launcher: Callable[..., Any]
     refusal: Callable[[OpSpec], str | None] = _always
@@ -49,6 +55,12 @@ _KERNELS: Final = MappingProxyType(
         "gated_activation": _Kernel(triton_pointwise.gated_activation),
         "gated_activation_scaled": _Kernel(triton_pointwise.gated_activation_scaled, _has_fp8),
         "scaled_linear": _Kernel(triton_fp8.scaled_linear, _has_fp8, triton_fp8.deterministic_scaled_linear),
+        "paged_attention": _Kernel(
+            triton_attention.paged_attention, _attends, triton_attention.deterministic_paged_attention
+        ),
+        "prompt_attention": _Kernel(
+            triton_prompt.prompt_attention, _attends, triton_prompt.deterministic_prompt_attention
+        ),
         "rotary": _Kernel(triton_rotary.rotary, _rotates),
         "rotate_and_store": _Kernel(triton_rotary.rotate_and_store, _rotates),
     }
