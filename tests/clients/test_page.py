@@ -463,6 +463,88 @@ def test_conversations_stay(page: ChatPage) -> None:
     playwright.expect(page.page.get_by_role("article", name="You")).to_have_text("The first one")
 
 
+@pytest.fixture
+def tab(page: ChatPage, demo: Running) -> ChatPage:
+    """A second tab, with the same storage."""
+    other = ChatPage(page.page.context.new_page(), demo.url + "/")
+    other.open()
+    other.wait_until_ready()
+    return other
+
+
+def test_tabs_follow_each_other(page: ChatPage, tab: ChatPage) -> None:
+    for one in (page, tab):
+        one.stub_stream({"content": "An answer"})
+    page.ask("one")
+    tab.button("one").click()
+    tab.ask("two")
+    playwright.expect(page.answers).to_have_count(2)
+    page.ask("three")
+    playwright.expect(tab.answers).to_have_count(3)
+    assert page.contents() == ["one", "An answer", "two", "An answer", "three", "An answer"]
+    tab.page.get_by_role("article", name="You").last.hover()
+    tab.button("Edit and send again").last.click()
+    page.ask("four")  # while the other one edits
+    tab.page.get_by_role("textbox", name="Your message").fill("instead")
+    tab.page.get_by_role("textbox", name="Your message").press("Enter")
+    tab.wait_until_answered()
+    assert [len(found["messages"]) for found in page.stored()] == [6, 8]  # both
+    assert tab.contents()[4] == "instead"
+    tab.button("Settings").click()
+    tab.page.get_by_label("Seed", exact=True).fill("5")
+    tab.button("Done").click()
+    tab.button("New conversation").click()
+    page.button("New conversation").click()
+    asked = page.stub_stream({"content": "Seeded"})
+    page.ask("five")
+    assert asked[0]["seed"] == 5
+    tab.button("five").click()
+    page.page.get_by_role("listitem").filter(has_text="five").hover()
+    page.button("Delete five").click()
+    playwright.expect(tab.page.get_by_role("article")).to_have_count(0)
+    page.button("Undo").click()
+    playwright.expect(tab.button("five")).to_be_visible()
+    assert len(page.stored()) == 3
+    assert tab.problems == []
+
+
+def test_tabs_that_write_one_conversation_at_once_lose_nothing(page: ChatPage, tab: ChatPage, slow: None) -> None:
+    set_sampling(page, max_tokens=4)
+    page.ask("one")
+    tab.button("one").click()
+    set_sampling(page, max_tokens=40)
+    page.send("two")
+    playwright.expect(page.answers.nth(1).locator(".stats")).to_contain_text("tokens")
+    tab.send("three")
+    page.wait_until_answered()
+    tab.wait_until_answered()
+    kept = page.stored()
+    assert {message["content"] for found in kept for message in found["messages"] if message["role"] == "user"} == {
+        "one",
+        "two",
+        "three",
+    }
+    for text, chat in (("two", page), ("three", tab)):
+        (found,) = (found for found in kept if found["messages"][-2]["content"] == text)
+        assert found["messages"][-1]["stats"]["tokens"] == 40
+        shown = chat.answers.last.locator(".content:not(.reasoning *)").inner_text()
+        assert shown.split() == found["messages"][-1]["content"].split()
+    assert tab.problems == []
+
+
+def test_writes_that_cross_are_both_kept(page: ChatPage, tab: ChatPage) -> None:
+    """Another tab's write that this one could not see in time: the browser tells of it after its own."""
+    page.stub_stream({"content": "Mine"})
+    page.ask("one")
+    theirs = page.stored()[0] | {"messages": [{"role": "user", "content": "theirs"}]}
+    tab.page.evaluate("(found) => localStorage.setItem(`puna.chat.${found.id}`, JSON.stringify(found))", theirs)
+    playwright.expect(page.page.locator("#toast")).to_contain_text("both are kept")
+    contents = [[message["content"] for message in found["messages"]] for found in page.stored()]
+    assert sorted(contents) == [["one", "Mine"], ["theirs"]]
+    page.ask("more")
+    assert page.contents() == ["one", "Mine", "more", "Mine"]
+
+
 def test_two_answers_at_once(page: ChatPage, slow: None) -> None:
     set_sampling(page, max_tokens=25)
     page.send("The first one")

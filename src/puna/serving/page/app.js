@@ -232,8 +232,34 @@ function send(text) {
 // Conversations -------------------------------------------------------------------------------------------------------
 
 function keep(conversation) {
+  if (store.isForeign(conversation.id)) keepBoth(conversation);
   hasRoom = store.save(conversation);
   if (!hasRoom) showServer();
+}
+
+/** Two tabs wrote one conversation: this tab's goes on as another. */
+function keepBoth(conversation) {
+  const { id } = conversation;
+  const run = runs.get(id);
+  runs.delete(id);
+  conversation.id = store.newConversation().id;
+  conversations.set(conversation.id, conversation);
+  if (run) runs.set(conversation.id, run);
+  takeOver(id);
+  if (conversation === current) keepSettings();
+  toast("Another tab wrote this conversation, too: both are kept.");
+}
+
+/** Another tab changed or deleted a conversation. */
+function takeOver(id) {
+  const theirs = store.read(id);
+  if (theirs) conversations.set(id, theirs);
+  else conversations.delete(id);
+  if (id === current.id) {
+    current = theirs ?? store.newConversation(settings.system);
+    renderMessages();
+  }
+  showList();
 }
 
 function keepSettings() {
@@ -528,11 +554,17 @@ function listen() {
   $("file").addEventListener("change", importFile);
   addEventListener("pagehide", () => [...runs.keys()].forEach((id) => keep(conversations.get(id))));
   addEventListener("storage", ({ key }) => {
-    if (!store.isConversation(key)) return;
-    const found = store.load();
-    for (const id of [...runs.keys(), current.id]) if (conversations.has(id)) found.set(id, conversations.get(id));
-    conversations = found;
-    showList();
+    const changed = store.changedBy(key);
+    for (const id of changed.ids) {
+      if (runs.has(id) || store.isCrossed(id, conversations.get(id))) {
+        if (store.isForeign(id)) keep(conversations.get(id));
+      } else if (id !== current.id || !document.querySelector(".editing")) {
+        takeOver(id);
+      }
+    }
+    if (!changed.settings) return;
+    Object.assign(settings, store.loadSettings());
+    showTheme();
   });
 }
 

@@ -4,6 +4,8 @@
 const CHAT = "puna.chat."; // and the id: one entry each, so that saving one is quick
 const SETTINGS = "puna.settings";
 const FORMAT = "puna-chat";
+const SOON = 1000; // milliseconds in which browsers have told every tab what another one wrote
+const known = new Map(); // what this tab last read or wrote of each conversation: {text, written}
 
 /** {id, title, updated, system, messages: [{role, content, reasoning?, calls?, error?, note?, stats?}]} */
 export function newConversation(system = "") {
@@ -14,17 +16,39 @@ export function newConversation(system = "") {
 
 /** All conversations by id; unreadable ones are left alone. */
 export function load() {
-  const found = new Map();
-  for (const [name, text] of entries()) {
-    const conversation = name.startsWith(CHAT) ? checked(parse(text)) : null;
-    if (conversation) found.set(conversation.id, conversation);
-  }
-  return found;
+  const names = entries().map(([name]) => name).filter((name) => name.startsWith(CHAT));
+  const found = names.map((name) => read(name.slice(CHAT.length))).filter(Boolean);
+  return new Map(found.map((conversation) => [conversation.id, conversation]));
+}
+
+/** The conversation as it is kept; null where none is, or none that can be read. */
+export function read(id) {
+  const text = stored(CHAT + id);
+  const conversation = checked(parse(text));
+  if (conversation) known.set(id, { text, written: 0 });
+  return conversation?.id === id ? conversation : null;
+}
+
+/** Whether another tab wrote this conversation since this one read or wrote it. */
+export function isForeign(id) {
+  const text = stored(CHAT + id);
+  return text !== null && text !== known.get(id)?.text;
+}
+
+/** Whether another tab wrote over what this one had just written, without having seen it. */
+export function isCrossed(id, mine) {
+  if (Date.now() - (known.get(id)?.written ?? 0) > SOON) return false;
+  const [ours, theirs] = [checked(mine), checked(parse(stored(CHAT + id)))];
+  if (!ours || !theirs) return false;
+  return JSON.stringify(theirs.messages.slice(0, ours.messages.length)) !== JSON.stringify(ours.messages);
 }
 
 /** False where the browser has no room for it, or allows no storage. */
 export function save(conversation) {
-  return write(CHAT + conversation.id, conversation);
+  const text = JSON.stringify(conversation);
+  const isKept = write(CHAT + conversation.id, text);
+  if (isKept) known.set(conversation.id, { text, written: Date.now() });
+  return isKept;
 }
 
 export function remove(id) {
@@ -36,16 +60,19 @@ export function remove(id) {
 }
 
 export function loadSettings() {
-  const found = parse(entries().find(([name]) => name === SETTINGS)?.[1] ?? null);
+  const found = parse(stored(SETTINGS));
   return found !== null && typeof found === "object" && !Array.isArray(found) ? found : {};
 }
 
 export function saveSettings(settings) {
-  return write(SETTINGS, settings);
+  return write(SETTINGS, JSON.stringify(settings));
 }
 
-/** Whether another tab changed what this name stands for. */
-export const isConversation = (name) => name === null || name.startsWith(CHAT);
+/** What another tab may have changed, by the name in the browser's event: {ids, settings}. */
+export function changedBy(name) {
+  if (name === null) return { ids: [...known.keys()], settings: true }; // everything was deleted
+  return { ids: name.startsWith(CHAT) ? [name.slice(CHAT.length)] : [], settings: name === SETTINGS };
+}
 
 export function toFile(conversations) {
   return JSON.stringify({ format: FORMAT, version: 1, conversations: [...conversations] }, null, 1);
@@ -70,9 +97,17 @@ function entries() {
   }
 }
 
-function write(name, value) {
+function stored(name) {
   try {
-    localStorage.setItem(name, JSON.stringify(value));
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+function write(name, text) {
+  try {
+    localStorage.setItem(name, text);
     return true;
   } catch {
     return false;
