@@ -11,6 +11,7 @@ import pytest
 from serving.conftest import Running
 
 langchain_openai = pytest.importorskip("langchain_openai")
+from langchain_core.exceptions import ContextOverflowError  # noqa: E402
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage  # noqa: E402
 from langchain_core.tools import tool  # noqa: E402
 
@@ -144,3 +145,9 @@ def test_embeddings_of_token_ids(
     expected = clients_server.client.embeddings.create(model="small", input=ids, encoding_format="float")
     # langchain scales to length 1, which these have already.
     assert model.embed_documents(texts) == [pytest.approx(item.embedding, rel=1e-5) for item in expected.data]
+
+
+def test_a_prompt_that_is_too_long_is_an_overflow_of_the_context(chat: Any) -> None:
+    """Found by the words of the message: chains that shorten their history rely on it."""
+    with pytest.raises(ContextOverflowError):
+        chat.invoke([HumanMessage("x" * 5000)])

@@ -110,3 +110,5 @@ def test_errors(options: dict[str, Any]) -> None:
         litellm.completion(messages=MESSAGES, **(options | {"temperature": -1}))
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(messages=MESSAGES, **(options | {"model": "openai/another"}))
+    with pytest.raises(litellm.ContextWindowExceededError):  # found by the words of the message
+        litellm.completion(messages=[{"role": "user", "content": "x" * 5000}], **options)

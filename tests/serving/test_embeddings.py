@@ -154,8 +154,12 @@ def test_fields(server: Running, llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"input": ["ok", "y" * 256]}, "input", "input 1 has 257 tokens, but the context holds 256"),
-        ({"input": [[5] * 257]}, "input", "257 tokens"),
+        (
+            {"input": ["ok", "y" * 256]},
+            "input",
+            "input 1 is too long: this model's maximum context length is 256 tokens, and it has 257",
+        ),
+        ({"input": [[5] * 257]}, "input", "it has 257: shorten it, or set truncate_prompt_tokens"),
         ({"input": [5, 258]}, "input", "input 0 has the token 258"),
         ({"input": ["a", "\ud800"]}, "input", "input 1: "),
         ({"input": "", "add_special_tokens": False}, "input", "input 0 is empty"),

@@ -95,6 +95,40 @@ def test_raw_bodies(server: Any, body: bytes) -> None:
     check(answer, 400, "")
 
 
+@pytest.mark.parametrize(
+    ("content", "kind", "says"),
+    [
+        (b'{"model": "small"}', "application/x-www-form-urlencoded", "send it with content-type: application/json"),
+        (b'{"model": "small"}', "text/plain", "send it with content-type: application/json"),
+        (b'{"model": "small"}', None, "send it with content-type: application/json"),
+        (b"[1]", "application/json", "must be a JSON object"),
+        (b'"text"', "application/json", "must be a JSON object"),
+        (b"null", "application/json", "must be a JSON object"),
+        (b"", "application/json", "must be a JSON object"),
+    ],
+)
+def test_bodies_that_are_no_json_objects(server: Any, content: bytes, kind: str | None, says: str) -> None:
+    answer = server.http.post("/v1/completions", content=content, headers={"content-type": kind} if kind else {})
+    check(answer, 400, says)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/completions", {"prompt": [5] * 256}, "prompt"),
+        ("/v1/completions", {"prompt": [[5], [5] * 300]}, "prompt"),
+        ("/v1/embeddings", {"input": [5] * 257}, "input"),
+    ],
+)
+def test_prompts_that_are_too_long_have_openais_code(
+    server: Any, path: str, fields: dict[str, Any], param: str
+) -> None:
+    answer = server.http.post(path, json={"model": "small"} | fields)
+    check(answer, 400, "this model's maximum context length is 256 tokens")
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+
+
 def test_unknown_names(server: Any) -> None:
     check(server.http.post("/v1/completions", json=TEXT | {"model": "other"}), 404, "model")
     check(server.http.get("/v1/models/other"), 404, "model")

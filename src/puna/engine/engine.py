@@ -50,6 +50,10 @@ _NOTHING = StepResult((), {}, {}, {})
 _log = logging.getLogger(__name__)
 
 
+class PromptTooLongError(ValueError):
+    """The context does not hold the prompt, and a token more where one is to be generated."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineParts:
     """What an engine is made of. `Engine.from_pretrained` makes them for a checkpoint; tests bring their own."""
@@ -302,11 +306,11 @@ class Engine:
             if params != SamplingParams() or beams is not None:
                 raise ValueError("an embedding takes no sampling params or beams: leave them out")
             if room < 0:
-                raise ValueError(
+                raise PromptTooLongError(
                     f"the prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}: shorten it"
                 )
         elif room < 1:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"the prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len}, which must hold "
                 "at least one more: shorten the prompt"
             )

@@ -15,7 +15,7 @@ from fastapi import Response
 from puna.engine.engine import Engine
 from puna.scheduling.sampling_params import SamplingParams
 from puna.serving.errors import ApiError, bad_request, dumps
-from puna.serving.generation import Generation
+from puna.serving.generation import Generation, too_long
 from puna.serving.protocol import EmbeddingRequest
 from puna.serving.record import RequestRecord
 from puna.serving.state import ServerState
@@ -72,6 +72,9 @@ class Embeddings:
             except ValueError as error:
                 raise bad_request(f"input {index}: {error}", "input") from None
             token_ids = token_ids if keep is None else token_ids[-keep:]
+            if len(token_ids) > engine.max_model_len:
+                remedy = "shorten it, or set truncate_prompt_tokens"
+                raise too_long(f"input {index}", len(token_ids), engine.max_model_len, "input", remedy)
             refusal = _refusal(engine, token_ids)
             if refusal is not None:
                 raise bad_request(f"input {index} {refusal}", "input")
@@ -151,10 +154,5 @@ def _refusal(engine: Engine, token_ids: list[int]) -> str | None:
     vocab_size = engine.parts.config.vocab_size
     if not token_ids:
         return "is empty: it needs at least one token"
-    if len(token_ids) > engine.max_model_len:
-        return (
-            f"has {len(token_ids)} tokens, but the context holds {engine.max_model_len}: shorten it, or set "
-            "truncate_prompt_tokens"
-        )
     wrong = next((token for token in token_ids if token >= vocab_size), None)
     return None if wrong is None else f"has the token {wrong}: the model's vocabulary ends at {vocab_size - 1}"

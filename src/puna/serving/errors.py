@@ -63,6 +63,10 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
         return bad_request("the body is no valid JSON")
     if first["type"] == "extra_forbidden":
         return bad_request(f"{place}: this server does not know this field; leave it out", place)
+    if not place and isinstance(first["input"], bytes):  # FastAPI reads only what says that it is JSON
+        return bad_request("the body must be JSON: send it with content-type: application/json")
+    if not place and first["type"] in ("missing", "model_attributes_type"):
+        return bad_request("the body must be a JSON object")
     message = str(first["msg"]).removeprefix("Value error, ")
     # What fields are to each other is told of the object that has them, in words that begin with one of them.
     word = message.partition(" ")[0]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from puna.engine.engine import Engine, Listener
+from puna.engine.engine import Engine, Listener, PromptTooLongError
 from puna.engine.outputs import CompletionDelta, CompletionOutput, RequestDelta, RequestOutput
 from puna.runtime.guided import UnenforceableError
 from puna.scheduling.pooling_params import PoolingParams
@@ -101,6 +101,11 @@ class Generation:
                 code="queue_full",
                 retry_after=self._state.seconds_to_room(),
             ) from None
+        except PromptTooLongError:
+            self.cancel()
+            field = "messages" if "messages" in type(request).model_fields else "prompt"
+            count, remedy = len(output.prompt_token_ids), "shorten it, so that there is room for an answer"
+            raise too_long("the prompt", count, engine.max_model_len, field, remedy) from None
         except ValueError as error:
             self.cancel()
             raise refusal(error) from None
@@ -235,6 +240,12 @@ def refusal(error: ValueError) -> ApiError:
     word = message.partition(" ")[0]
     fields = SamplingRequest.model_fields
     return bad_request(message, word if word in fields else None)
+
+
+def too_long(what: str, count: int, limit: int, param: str, remedy: str) -> ApiError:
+    """With OpenAI's code and in the words by which litellm and LangChain know that the context is too short."""
+    message = f"{what} is too long: this model's maximum context length is {limit} tokens, and it has {count}: {remedy}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def engine_error() -> ApiError:
