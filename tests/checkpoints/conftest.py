@@ -92,10 +92,10 @@ class Folder:
             logits: Tensor = model(torch.tensor(TOKENS)).logits
         return logits
 
-    def logits(self, dtype: str | None = None) -> Tensor:
+    def logits(self, dtype: str | None = None, quantization: str | None = None) -> Tensor:
         """The same from puna."""
         with torch.no_grad():
-            logits: Tensor = load_model(self.path, dtype)(torch.tensor(TOKENS))
+            logits: Tensor = load_model(self.path, dtype, quantization=quantization)(torch.tensor(TOKENS))
         return logits
 
 

@@ -81,7 +81,7 @@ def test_quantised_experts(split_experts: bool, make: Make, tmp_path: Path) -> N
     assert checkpoint.dtype(name) == "Q8_0"
     assert checkpoint.stored_bytes(name) == 64 * 96 // 32 * 34
     assert torch.equal(checkpoint.read(name, source), expected)
-    groups = checkpoint.read_groups(name, source)
+    groups = checkpoint.read_quantized(name, source)
     assert groups is not None
     assert torch.equal(groups.dequantize(), expected)
 

@@ -86,14 +86,14 @@ def test_reading_slices(name: str, with_random_gate: Callable[[str], tuple[Check
     assert checkpoint.is_quantized(NAME)
     assert checkpoint.shape(NAME) == (40, 512)
     for source in SLICES:
-        dense, groups = checkpoint.read(NAME, source), checkpoint.read_groups(NAME, source)
+        dense, groups = checkpoint.read(NAME, source), checkpoint.read_quantized(NAME, source)
         assert dense.dtype == torch.float32
         assert same_bits(dense, expected[source])
         assert groups is not None
         assert same_bits(groups.dequantize(), expected[source])
     cut = (slice(0, 40), slice(7, 333))  # through the middle of groups
     assert same_bits(checkpoint.read(NAME, cut), expected[cut])
-    assert checkpoint.read_groups(NAME, cut) is None
+    assert checkpoint.read_quantized(NAME, cut) is None
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")])
@@ -105,7 +105,7 @@ def test_float_types_keep_their_dtype(name: str, dtype: str, make: Make, tmp_pat
     part = checkpoint.read(NAME, source)
     assert checkpoint.dtype(NAME) == dtype
     assert not checkpoint.is_quantized(NAME)
-    assert checkpoint.read_groups(NAME, source) is None
+    assert checkpoint.read_quantized(NAME, source) is None
     assert part.dtype == getattr(torch, dtype)
     assert torch.equal(part, stored)
 
@@ -117,10 +117,10 @@ def test_chunks_of_rows_fit_together(tmp_path: Path, make: Make, monkeypatch: py
     assert any("q_proj" in name for name in names)
     for name in names:
         source = tuple(slice(0, size) for size in checkpoint.shape(name))
-        whole, groups = checkpoint.read(name, source), checkpoint.read_groups(name, source)
+        whole, groups = checkpoint.read(name, source), checkpoint.read_quantized(name, source)
         monkeypatch.setattr("puna.checkpoints.gguf._CHUNK_VALUES", 64 * 7)
         assert torch.equal(checkpoint.read(name, source), whole)
-        parts = checkpoint.read_groups(name, source)
+        parts = checkpoint.read_quantized(name, source)
         monkeypatch.undo()
         assert groups is not None
         assert parts is not None

@@ -351,7 +351,7 @@ class TestRefused:
     def test_quantized(self, make: Make) -> None:
         folder = make()
         folder.change_config(quantization_config={"quant_method": "gptq"})
-        refused(folder, "quantization method 'gptq' is not supported: use the checkpoint's float32")
+        refused(folder, "quantization method 'gptq' is not supported: puna reads FP8")
 
 
 # What is no folder.

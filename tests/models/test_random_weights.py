@@ -52,7 +52,7 @@ def test_numbers_are_normal_and_differ(quantization: str | None) -> None:
 @pytest.mark.parametrize(("quantization", "codes", "name"), [("int8", 256, "Q8_0"), ("int4", 16, "Q4_0")])
 def test_codes_and_scales(quantization: str, codes: int, name: str) -> None:
     checkpoint = random_checkpoint(CONFIG, quantization=quantization)
-    groups = checkpoint.read_groups(QUERY, WHOLE)
+    groups = checkpoint.read_quantized(QUERY, WHOLE)
     assert groups is not None
     assert (checkpoint.dtype(QUERY), checkpoint.dtype("model.norm.weight")) == (name, "float32")
     assert torch.equal(groups.dequantize(), checkpoint.read(QUERY, WHOLE))
@@ -60,11 +60,11 @@ def test_codes_and_scales(quantization: str, codes: int, name: str) -> None:
     assert groups.codes.unique().numel() > codes * 0.9
     assert torch.equal(groups.scales.to(torch.float16).to(torch.float32), groups.scales)
     assert groups.scales.min() > 0
-    part = checkpoint.read_groups(QUERY, (slice(8, 16), slice(32, 64)))
+    part = checkpoint.read_quantized(QUERY, (slice(8, 16), slice(32, 64)))
     assert part is not None
     assert torch.equal(part.dequantize(), groups.dequantize()[8:16, 32:])
-    assert checkpoint.read_groups(QUERY, (slice(8, 16), slice(16, 64))) is None
-    assert checkpoint.read_groups("model.norm.weight", (slice(0, 64),)) is None
+    assert checkpoint.read_quantized(QUERY, (slice(8, 16), slice(16, 64))) is None
+    assert checkpoint.read_quantized("model.norm.weight", (slice(0, 64),)) is None
 
 
 def test_it_loads_and_predicts() -> None:

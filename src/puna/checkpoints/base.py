@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from puna.config import GenerationConfig
-from puna.quantization.groups import GroupQuantized
+from puna.quantization.quantized import Quantized
 
 
 class Checkpoint(ABC):
@@ -65,6 +65,16 @@ class Checkpoint(ABC):
         """Whether a tensor is stored as codes with scales, which `dtype` then names the format of."""
         return False
 
-    def read_groups(self, name: str, source: tuple[slice, ...]) -> GroupQuantized | None:
-        """The same slices of a matrix as it is stored quantised; None where it is not, or where they cut a group."""
+    def read_quantized(self, name: str, source: tuple[slice, ...]) -> Quantized | None:
+        """The same slices of a matrix as it is stored quantised; None where it is not, or where they cut a group or a
+        block."""
         return None
+
+    def check_readable(self) -> None:
+        """Raises ValueError, with the remedy, where weights are quantised in a way that puna does not read."""
+        return
+
+    @property
+    def cache_scales(self) -> Mapping[int, tuple[float, float]]:
+        """By layer, what its keys and its values are divided by before an FP8 cache holds them, if that is not 1."""
+        return {}

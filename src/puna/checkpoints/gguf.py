@@ -138,7 +138,7 @@ class GGUFCheckpoint(Checkpoint):
             result[place] = kind.decode(_blocks(rows, blocks, kind.block_bytes)).dequantize()[:, inside]
         return result
 
-    def read_groups(self, name: str, source: tuple[slice, ...]) -> GroupQuantized | None:
+    def read_quantized(self, name: str, source: tuple[slice, ...]) -> GroupQuantized | None:
         where = self._sources[name]
         kind = where.entry.type
         columns = source[1] if len(source) > 1 else slice(0, 0)

@@ -1,4 +1,4 @@
-"""HuggingFaceCheckpoint: a folder with config.json and weights in one or many safetensors files."""
+"""HuggingFaceCheckpoint: a folder with config.json and weights in one or many safetensors files, perhaps in FP8."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, Final
 from torch import Tensor
 
 from puna.checkpoints.base import Checkpoint
+from puna.checkpoints.fp8 import Fp8Tensors, read_scheme
 from puna.checkpoints.safetensors_files import SafetensorsFiles
 from puna.config import GenerationConfig, read_json_object
+from puna.quantization.quantized import Quantized
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -23,7 +25,15 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.folder = folder
         self._config_fields = read_json_object(folder / "config.json")
         self._generation_config = GenerationConfig.from_hugging_face(folder)
+        self._refusal: ValueError | None = None
+        scheme = None
+        try:
+            scheme = read_scheme(self._config_fields, folder)
+        except ValueError as error:  # files that can be described all the same
+            self._refusal = error
         self._files = _open_weights(folder)
+        self._fp8 = Fp8Tensors(self._files, scheme, str(folder))
+        self._names = tuple(name for name in self._files.names if name not in self._fp8.companions)
 
     @property
     def config_fields(self) -> Mapping[str, Any]:
@@ -39,16 +49,33 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self._files.names
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._files.shape(name)
 
     def dtype(self, name: str) -> str:
-        return self._files.dtype(name)
+        return self._fp8.format(name) if name in self._fp8 else self._files.dtype(name)
+
+    def stored_bytes(self, name: str) -> int | None:
+        return self._fp8.stored_bytes(name) if name in self._fp8 else None
+
+    def is_quantized(self, name: str) -> bool:
+        return name in self._fp8
 
     def read(self, name: str, source: tuple[slice, ...]) -> Tensor:
-        return self._files.read(name, source)
+        return self._fp8.read_dense(name, source) if name in self._fp8 else self._files.read(name, source)
+
+    def read_quantized(self, name: str, source: tuple[slice, ...]) -> Quantized | None:
+        return self._fp8.read(name, source) if name in self._fp8 else None
+
+    def check_readable(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+
+    @property
+    def cache_scales(self) -> Mapping[int, tuple[float, float]]:
+        return self._fp8.cache_scales
 
 
 def index_files(index: Path) -> list[str]:

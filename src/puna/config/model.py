@@ -229,7 +229,6 @@ _HARMLESS_ONLY_AT: Final = MappingProxyType(
         "partial_rotary_factor": (None, 1.0),
         "rope_interleaved": (None, False),
         "use_mrope": (None, False),
-        "quantization_config": (None,),
         "compression_config": (None,),
         "attn_logit_softcapping": (None,),
         "final_logit_softcapping": (None,),
@@ -246,13 +245,14 @@ _HARMLESS_ONLY_AT: Final = MappingProxyType(
 )
 
 # Fields that do not change what a trained model computes; the last ones are about generating, see GenerationConfig.
+# How weights are stored, quantization_config, is for who reads the weights, see puna.checkpoints.fp8.
 _NO_EFFECT: Final = (
     "model_type transformers_version _name_or_path _commit_hash use_cache initializer_range attention_dropout "
     "hidden_dropout pretraining_tp torch_dtype dtype auto_map output_router_logits router_aux_loss_coef "
     "router_jitter_noise output_attentions output_hidden_states return_dict tokenizer_class max_window_layers "
     "id2label label2id problem_type chunk_size_feed_forward is_decoder is_llama_config unsloth_version "
     "unsloth_fixed attn_implementation _attn_implementation_autoset use_bfloat16 cross_attention_hidden_size "
-    "max_sequence_length transformers.js_config "
+    "max_sequence_length transformers.js_config quantization_config "
     "bos_token_id eos_token_id pad_token_id do_sample temperature top_k top_p min_p repetition_penalty max_length "
     "max_new_tokens"
 )
@@ -284,11 +284,11 @@ def _refuse_unsupported(reader: FieldReader) -> None:
         value = reader.value(name)
         if value in harmless:
             continue
-        if name in ("quantization_config", "compression_config"):
+        if name == "compression_config":
             method = value.get("quant_method", "unnamed") if isinstance(value, dict) else value
             raise ValueError(
-                f"{reader.source}: the quantization method {method!r} is not supported: "
-                "use the checkpoint's float32, bfloat16 or float16 original"
+                f"{reader.source}: {name}, the field of old quantised checkpoints, is not supported (its method is "
+                f"{method!r}): use a newer copy, or the checkpoint's float32, bfloat16 or float16 original"
             )
         raise ValueError(f"{reader.source}: {name} is {value!r}: puna does not support this option")
 

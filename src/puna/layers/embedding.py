@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.pieces import Piece, PiecewiseModule, layer_format, op_table, torch_dtype
-from puna.quantization import GroupQuantized, WeightFormat
+from puna.quantization import Quantized, WeightFormat, vocabulary_format
 
 
 class Embedding(PiecewiseModule):
@@ -23,7 +23,7 @@ class Embedding(PiecewiseModule):
         self.ops = op_table(config, comm)
         self.config, self.comm = config, comm
         self.format: WeightFormat
-        self._store_as(config.quant)
+        self._store_as(vocabulary_format(config.quant))
 
     def _store_as(self, format_name: str) -> None:
         self.format = layer_format(format_name, self.rows, self.hidden_size, self.config, self.comm)
@@ -50,8 +50,8 @@ class Embedding(PiecewiseModule):
             self.format.write(self.weights(), slice(0, real), dense)
             clear_padding()
 
-        def write_groups(groups: GroupQuantized) -> None:
-            self.format.write_groups(self.weights(), slice(0, real), groups)
+        def write_quantized(quantized: Quantized) -> None:
+            self.format.write_quantized(self.weights(), slice(0, real), quantized)
             clear_padding()
 
         def clear_padding() -> None:
@@ -63,7 +63,7 @@ class Embedding(PiecewiseModule):
             return self.format.read(self.weights(), slice(0, real))
 
         shape, columns = (self.vocab_size, self.hidden_size), slice(0, self.hidden_size)
-        return [Piece("weight", shape, (source, columns), write, read, write_groups, self._store_as)]
+        return [Piece("weight", shape, (source, columns), write, read, write_quantized, self._store_as)]
 
     def extra_repr(self) -> str:
         return f"{self.vocab_size}, {self.hidden_size}, format={self.format.name}"

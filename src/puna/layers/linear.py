@@ -16,7 +16,7 @@ from puna.layers.pieces import Piece, PiecewiseModule, layer_format, op_table, p
 from puna.mapping import Mapping
 from puna.ops.panels import Panels
 from puna.ops.scaled import InputScaling, ScaledRows
-from puna.quantization import GroupQuantized, WeightFormat
+from puna.quantization import Quantized, WeightFormat, row_multiple
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class _Linear(PiecewiseModule):
         self.bias = nn.Parameter(torch.zeros(self.outputs, dtype=self.dtype)) if bias else None
 
     def _build_parts(self) -> None:
-        """Registers the parameters for the formats of the segments; neighbours of one format share theirs."""
+        """Registers the parameters for the formats of the segments; neighbours of one format share theirs, where the
+        first ones are whole blocks of those that have blocks."""
         for part in self.parts:
             for name in part.names.values():
                 delattr(self, name)
@@ -90,7 +91,7 @@ class _Linear(PiecewiseModule):
         runs: list[tuple[slice, str]] = []
         for size, name in zip(self.local_sizes, self._format_names, strict=True):
             ends.append(ends[-1] + size)
-            if runs and runs[-1][1] == name:
+            if runs and runs[-1][1] == name and (ends[-2] - runs[-1][0].start) % row_multiple(name) == 0:
                 runs[-1] = (slice(runs[-1][0].start, ends[-1]), name)
             else:
                 runs.append((slice(ends[-2], ends[-1]), name))
@@ -116,7 +117,12 @@ class _Linear(PiecewiseModule):
     @property
     def input_scaling(self) -> InputScaling | None:
         """How inputs may come rounded, which saves a pass over them: as the weight's format would round them itself."""
-        return self.parts[0].format.input_scaling(self._weights(self.parts[0])) if len(self.parts) == 1 else None
+        scalings = [part.format.input_scaling(self._weights(part)) for part in self.parts]
+        first = scalings[0]
+        if len(scalings) == 1 or first is None:
+            return first if len(scalings) == 1 else None
+        alike = all(one is not None and one.static is None and one.blocks == first.blocks for one in scalings)
+        return first if alike else None
 
     def _multiply(self, x: Tensor | ScaledRows, bias: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The outputs of each part, in the model's dtype if no other is asked for."""
@@ -145,9 +151,9 @@ class _Linear(PiecewiseModule):
             part, inside = place()
             part.format.write(self._weights(part), inside, dense)
 
-        def write_groups(groups: GroupQuantized) -> None:
+        def write_quantized(quantized: Quantized) -> None:
             part, inside = place()
-            part.format.write_groups(self._weights(part), inside, groups)
+            part.format.write_quantized(self._weights(part), inside, quantized)
 
         def read() -> Tensor:
             part, inside = place()
@@ -157,7 +163,7 @@ class _Linear(PiecewiseModule):
             self._format_names[segment] = format_name
             self._build_parts()
 
-        return Piece(name, full_shape, source, write, read, write_groups, store_as)
+        return Piece(name, full_shape, source, write, read, write_quantized, store_as)
 
     def extra_repr(self) -> str:
         formats = ", ".join(part.format.name for part in self.parts)
@@ -241,10 +247,10 @@ class ColumnLinear(_Linear):
             piece.write(dense)
             rest.write(torch.zeros(count, self.inputs, device=dense.device))
 
-        def write_groups(groups: GroupQuantized) -> None:
-            write(groups.dequantize())
+        def write_quantized(quantized: Quantized) -> None:
+            write(quantized.dequantize())
 
-        return dataclasses.replace(piece, write=write, write_groups=write_groups)
+        return dataclasses.replace(piece, write=write, write_quantized=write_quantized)
 
 
 class RowLinear(_Linear):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
 from puna.ops import OpSpec, OpTable, dense_layout, table
-from puna.quantization import GroupQuantized, WeightFormat, weight_format
+from puna.quantization import Quantized, WeightFormat, weight_format
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Piece:
 
     `name` is relative to the layer ("q.weight" of a fused q/k/v projection), `full_shape` is the shape in a checkpoint,
     `source` the slices of it that this rank holds. `write` takes the tensor at those slices and puts it in place,
-    padding included; `read` gives it back. Weights that a format holds also have `write_groups`, which takes what a
-    checkpoint holds quantised, and `store_as`, which chooses the format by name before the weight has storage.
+    padding included; `read` gives it back. Weights that a format holds also have `write_quantized`, which takes what
+    a checkpoint holds quantised, and `store_as`, which chooses the format by name before the weight has storage.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Piece:
     source: tuple[slice, ...]
     write: Callable[[Tensor], None]
     read: Callable[[], Tensor]
-    write_groups: Callable[[GroupQuantized], None] | None = None
+    write_quantized: Callable[[Quantized], None] | None = None
     store_as: Callable[[str], None] | None = None
 
 
@@ -67,6 +67,11 @@ def torch_dtype(name: str) -> torch.dtype:
 def layer_format(name: str, outputs: int, inputs: int, config: LLaMAConfig, comm: Communicator) -> WeightFormat:
     """The weight format of that name as this rank's device wants it; see `weight_format`."""
     return weight_format(name, torch_dtype(config.dtype), outputs, inputs, dense_layout(comm.device))
+
+
+def keeps_fp8(comm: Communicator) -> bool:
+    """Whether this rank's device multiplies weights in FP8: not the CPU, which has no units for it."""
+    return dense_layout(comm.device) == "rows"
 
 
 def op_table(config: LLaMAConfig, comm: Communicator) -> OpTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from collections.abc import Mapping as ReadOnlyDict
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,6 +25,7 @@ from puna.mapping import Mapping
 from puna.models.generation_mixin import GenerationMixin
 from puna.models.loading import ModelLoader
 from puna.models.names import LLAMA_NAMES, NameMap
+from puna.quantization import vocabulary_format
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,6 +88,12 @@ class LLaMAModel(nn.Module):
         )
         self.rotary = RotaryEmbedding(config)
         self.ln_f = RmsNorm(config.hidden_size, config, self.comm) if mapping.is_last_pp_rank() else None
+
+    def set_cache_scales(self, scales: ReadOnlyDict[int, tuple[float, float]]) -> None:
+        """What this rank's layers divide keys and values by before an FP8 cache holds them, by the layers' numbers in
+        the whole model; 1 for those that are not named."""
+        for layer_idx, layer in zip(self.comm.mapping.pp_layers(self.config.num_layers), self.layers, strict=True):
+            layer.attention.cache_scales = scales.get(layer_idx, (1.0, 1.0))
 
     def forward(
         self,
@@ -165,7 +173,10 @@ class LLaMAForCausalLM(LLaMAModel, GenerationMixin):
         self.lm_head: ColumnLinear | None = None
         if self.comm.mapping.is_last_pp_rank():
             vocabulary = (Segment("", config.vocab_size, padded=True),)
-            self.lm_head = ColumnLinear(config.hidden_size, vocabulary, False, config, self.comm, gather_output=True)
+            head_config = dataclasses.replace(config, quant=vocabulary_format(config.quant))
+            self.lm_head = ColumnLinear(
+                config.hidden_size, vocabulary, False, head_config, self.comm, gather_output=True
+            )
         self.tie_weights()
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint, write_checkpoint
 from puna.checkpoints.engine_directory import EngineDescription, TensorKind, text_files, writing_engine
+from puna.checkpoints.fp8 import cuts_blocks
 from puna.config import Dtype, LLaMAConfig
 from puna.distributed import Communicator, NullCommunicator, TorchCommunicator
-from puna.layers.pieces import Piece
+from puna.layers.pieces import Piece, keeps_fp8
 from puna.mapping import Mapping
 from puna.ops.pages import zero_pages
 from puna.quantization import QUANTIZATIONS, stored_format
@@ -36,6 +38,7 @@ Model = TypeVar("Model", bound="LLaMAForCausalLM")
 # What old versions of transformers wrote beside the weights; the values follow from the config.
 _DERIVED_TENSORS = (".rotary_emb.inv_freq",)
 _PANEL_ALIGNMENT = 64  # a line of the cache
+_log = logging.getLogger(__name__)
 _GIVE_BACK_EVERY = 1 << 25  # bytes of tensors that were read
 
 
@@ -67,6 +70,10 @@ class ModelLoader(Generic[Model]):
             several = mapping is not None and mapping.world_size > 1
             comm = TorchCommunicator(mapping, device) if several and mapping is not None else NullCommunicator(device)
         _check_layers(checkpoint, config)
+        if config.quant.startswith("fp8") and not keeps_fp8(comm):
+            raise ValueError(
+                f"quantization is 'fp8', but there are no kernels for FP8 on {comm.device}: use int8, or a GPU"
+            )
         with torch.device("meta"):
             model = model_class(config, comm)
             whole = model if comm.mapping.world_size == 1 else model_class(config)
@@ -80,6 +87,7 @@ class ModelLoader(Generic[Model]):
         if isinstance(checkpoint, EngineDirectory):
             checkpoint.check(_kinds(model))
         model.generation_config = checkpoint.generation_config
+        model.set_cache_scales(checkpoint.cache_scales)
         self.checkpoint, self.config, self.comm = checkpoint, config, comm
         self._model, self._formats = model, formats
 
@@ -126,16 +134,15 @@ class ModelLoader(Generic[Model]):
 
     def _fill(self, tell: Progress | None = None) -> None:
         checkpoint, pieces = self.checkpoint, list(self._model.pieces())
-        # Asked for another format, a quantised weight is rounded anew.
-        keeps_groups = self.config.quant == "stored"
         with _bar(is_first_rank=self.comm.mapping.rank == 0) as bar:
             total = sum(_bytes_of(piece, checkpoint, name) for name, piece in pieces)
             task, done = bar.add_task("loading weights", total=total), 0
             left_behind = 0
             for name, piece in pieces:
-                groups = checkpoint.read_groups(name, piece.source) if keeps_groups and piece.write_groups else None
-                if groups is not None and piece.write_groups is not None:
-                    piece.write_groups(groups)
+                kept = _is_kept(self.config.quant, checkpoint, name)
+                quantized = checkpoint.read_quantized(name, piece.source) if kept and piece.write_quantized else None
+                if quantized is not None and piece.write_quantized is not None:
+                    piece.write_quantized(quantized)
                 else:
                     piece.write(checkpoint.read(name, piece.source))
                 left_behind += _bytes_of(piece, checkpoint, name)
@@ -149,16 +156,42 @@ class ModelLoader(Generic[Model]):
         _give_back()
 
 
+def _is_kept(quant: str, checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor that is stored quantised stays so; asked for another format, it is rounded anew."""
+    return quant == "stored" or (quant == "fp8" and checkpoint.dtype(name).startswith("fp8"))
+
+
 def _weight_formats(model: LLaMAForCausalLM, checkpoint: Checkpoint) -> dict[str, str]:
     """By the names of a checkpoint's tensors, the formats of weights that are in another one than the config's `quant`:
-    of those that are stored quantised, the format that keeps their numbers."""
-    if model.config.quant != "stored":
-        return {}
-    return {
-        name: stored_format(checkpoint.dtype(name))
-        for name, piece in model.pieces()
-        if piece.store_as is not None and checkpoint.is_quantized(name)
-    }
+    of those that are stored quantised, the format that keeps their numbers. FP8 is kept where there are kernels for it,
+    and where no block of scales is cut between ranks."""
+    formats: dict[str, str] = {}
+    unkept: list[str] = []
+    for name, piece in model.pieces():
+        kept = checkpoint.is_quantized(name) and _is_kept(model.config.quant, checkpoint, name)
+        if piece.store_as is None or not kept:
+            continue
+        form = stored_format(checkpoint.dtype(name))
+        if form.startswith("fp8") and not keeps_fp8(model.comm):
+            unkept.append(name)
+        elif form == "fp8-block" and cuts_blocks(piece.source, piece.full_shape):
+            formats[name] = "panels"
+            unkept.append(name)
+        else:
+            formats[name] = form
+    if unkept:
+        why = (
+            "there are no kernels for FP8 here" if unkept[0] not in formats else "ranks would cut its blocks of scales"
+        )
+        _log.warning(
+            "%s: %s in FP8 become%s %s while loading, since %s",
+            checkpoint.source,
+            _listed(unkept),
+            "s" if len(unkept) == 1 else "",
+            model.config.dtype,
+            why,
+        )
+    return formats
 
 
 def _store_as(model: LLaMAForCausalLM, formats: ReadOnlyDict[str, str], checkpoint: Checkpoint) -> None:
@@ -255,6 +288,7 @@ def resolved_config(
     """The checkpoint's config in the dtype asked for, or else the one that its config or else its tensors have."""
     fields = checkpoint.config_fields
     config = LLaMAConfig.from_fields(fields, checkpoint.config_source)
+    checkpoint.check_readable()
     if isinstance(checkpoint, EngineDirectory):
         checkpoint.check_numbers(quantization, None if dtype is None else str(dtype).removeprefix("torch."))
         return dataclasses.replace(config, quant=checkpoint.description.quantization)
@@ -264,7 +298,8 @@ def resolved_config(
         config = dataclasses.replace(config, quant=quantization)
     if dtype is None and fields.get("torch_dtype") is None and fields.get("dtype") is None and checkpoint.names:
         # Norms are sometimes kept in float32: the largest tensor is what the model is stored in.
-        largest = max(checkpoint.names, key=lambda name: math.prod(checkpoint.shape(name)))
+        plain = [name for name in checkpoint.names if not checkpoint.is_quantized(name)] or checkpoint.names
+        largest = max(plain, key=lambda name: math.prod(checkpoint.shape(name)))
         dtype = checkpoint.dtype(largest) if checkpoint.dtype(largest) in get_args(Dtype) else None
     if dtype is None:
         return config

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from puna.ops import OpTable
 from puna.ops.panels import PANEL_LAYOUT, PanelFormat, Panels
-from puna.ops.scaled import InputScaling, ScaledRows
+from puna.ops.scaled import SCALE_BLOCK, InputScaling, ScaledRows
 from puna.quantization.dense import DenseFormat
 from puna.quantization.fp8 import Fp8Format
 from puna.quantization.groups import GroupQuantized
 from puna.quantization.panels import DensePanels, GroupPanels
+from puna.quantization.quantized import Fp8Quantized, Quantized
 
 
 class WeightFormat(Protocol):
@@ -46,7 +47,7 @@ class WeightFormat(Protocol):
         """Converts the dense rows [n, E] and puts them in place."""
         ...
 
-    def write_groups(self, parameters: Mapping[str, Tensor], rows: slice, groups: GroupQuantized) -> None:
+    def write_quantized(self, parameters: Mapping[str, Tensor], rows: slice, quantized: Quantized) -> None:
         """Puts rows in place that a checkpoint holds quantised, without another rounding where the format allows."""
         ...
 
@@ -123,7 +124,7 @@ _STORED: Final = MappingProxyType(
 )
 
 # What a user may ask for; "stored" keeps every tensor as the checkpoint has it.
-QUANTIZATIONS: Final = ("bf16", "int8", "int4")
+QUANTIZATIONS: Final = ("bf16", "int8", "int4", "fp8")
 
 
 def weight_format(
@@ -153,9 +154,31 @@ def weight_format(
     raise ValueError(f"the weight format {name!r} is not known: use one of {known}")
 
 
+def vocabulary_format(name: str) -> str:
+    """The format of the embedding and of lm_head in a model of that `quant`: what FP8 does to logits is not worth the
+    bytes that it would save there (a sixteenth of an 8B model), and so no published FP8 checkpoint has them in it."""
+    return "panels" if name.startswith("fp8") else name
+
+
+def row_multiple(name: str) -> int:
+    """Rows that segments of a fused layer must be a multiple of to share parameters in this format."""
+    return SCALE_BLOCK if name == "fp8-block" else 1
+
+
 def stored_format(dtype: str) -> str:
     """The name of the format for a checkpoint's tensor of that type: nothing is rounded but scales, to float16."""
     return _STORED.get(dtype, dtype)
 
 
-__all__ = ["PANEL_LAYOUT", "QUANTIZATIONS", "GroupQuantized", "WeightFormat", "stored_format", "weight_format"]
+__all__ = [
+    "PANEL_LAYOUT",
+    "QUANTIZATIONS",
+    "Fp8Quantized",
+    "GroupQuantized",
+    "Quantized",
+    "WeightFormat",
+    "row_multiple",
+    "stored_format",
+    "vocabulary_format",
+    "weight_format",
+]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from puna.ops import OpTable
 from puna.ops.panels import Panels
 from puna.ops.scaled import InputScaling, ScaledRows, plain
-from puna.quantization.groups import GroupQuantized
+from puna.quantization.quantized import Quantized
 
 
 def random_matrix(rows: int, columns: int, dtype: torch.dtype) -> nn.Parameter:
@@ -47,8 +47,8 @@ class DenseFormat:
         with torch.no_grad():
             parameters["weight"][rows].copy_(dense)
 
-    def write_groups(self, parameters: Mapping[str, Tensor], rows: slice, groups: GroupQuantized) -> None:
-        self.write(parameters, rows, groups.dequantize())
+    def write_quantized(self, parameters: Mapping[str, Tensor], rows: slice, quantized: Quantized) -> None:
+        self.write(parameters, rows, quantized.dequantize())
 
     def read(self, parameters: Mapping[str, Tensor], rows: slice) -> Tensor:
         return parameters["weight"].detach()[rows]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from puna.ops import OpTable
 from puna.ops.panels import Panels
 from puna.ops.scaled import FP8, FP8_MAX, SCALE_BLOCK, InputScaling, ScaledRows, ScaledWeight
-from puna.quantization.groups import GroupQuantized
+from puna.quantization.quantized import Fp8Quantized, Quantized
 
 
 class Fp8Format:
@@ -83,8 +83,17 @@ class Fp8Format:
                 )
             parameters["scales"][rows.start // SCALE_BLOCK : _blocks(rows.stop)].copy_(weight.scales)
 
-    def write_groups(self, parameters: Mapping[str, Tensor], rows: slice, groups: GroupQuantized) -> None:
-        self.write(parameters, rows, groups.dequantize())
+    def write_quantized(self, parameters: Mapping[str, Tensor], rows: slice, quantized: Quantized) -> None:
+        """As it is, if it comes in FP8 with scales of this format's kind. Rows must come in their order: those that
+        begin at 0 set the inputs' scale anew, the others can only make it larger."""
+        if not isinstance(quantized, Fp8Quantized) or quantized.weight.has_blocks != self.blocks:
+            self.write(parameters, rows, quantized.dequantize())
+            return
+        self.write_scaled(parameters, rows, quantized.weight)
+        if self.static and quantized.input_scale is not None:
+            # Segments of a fused layer see the same inputs, which then have one scale: the one that fits all of them.
+            known, new = parameters["input_scale"].detach(), quantized.input_scale.to(parameters["input_scale"].device)
+            known.copy_(torch.maximum(known, new) if rows.start else new)
 
     def read(self, parameters: Mapping[str, Tensor], rows: slice) -> Tensor:
         return self.weight(parameters).dequantize()[rows]

@@ -13,6 +13,7 @@ from puna.ops.packing import can_round, round_rows
 from puna.ops.panels import BLOCK, PanelFormat, Panels
 from puna.ops.scaled import InputScaling, ScaledRows, plain
 from puna.quantization.groups import GroupQuantized
+from puna.quantization.quantized import Quantized
 from puna.quantization.rounding import round_to_groups
 
 # Weights that are converted at a time: 4 MiB in float32, and a few times that with what the conversion makes.
@@ -50,8 +51,8 @@ class _PanelFormat(ABC):
             self._write(panels, rows.start + start, dense[start : start + step])
         self._clear_padding(panels, rows)
 
-    def write_groups(self, parameters: Mapping[str, Tensor], rows: slice, groups: GroupQuantized) -> None:
-        self.write(parameters, rows, groups.dequantize())
+    def write_quantized(self, parameters: Mapping[str, Tensor], rows: slice, quantized: Quantized) -> None:
+        self.write(parameters, rows, quantized.dequantize())
 
     @abstractmethod
     def _write(self, panels: Panels, first: int, dense: Tensor) -> None: ...
@@ -115,11 +116,14 @@ class GroupPanels(_PanelFormat):
             dense = nn.functional.pad(dense, (0, padding))
         panels.write_groups(first, *round_to_groups(dense, self.form))
 
-    def write_groups(self, parameters: Mapping[str, Tensor], rows: slice, groups: GroupQuantized) -> None:
+    def write_quantized(self, parameters: Mapping[str, Tensor], rows: slice, quantized: Quantized) -> None:
+        if not isinstance(quantized, GroupQuantized):
+            super().write_quantized(parameters, rows, quantized)
+            return
         panels = self.panels(parameters)
         step = _rows_at_a_time(self.inputs)
-        for start in range(0, groups.shape[0], step):
-            part = groups.rows(slice(start, start + step))
+        for start in range(0, quantized.shape[0], step):
+            part = quantized.rows(slice(start, start + step))
             fitting = self._fitting(part)
             if fitting is None:
                 self._write(panels, rows.start + start, part.dequantize())
