@@ -1,0 +1,136 @@
+"""benchmarks/gpu_h200.py: its arithmetic is that of the yardstick, and the whole script runs on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+BENCHMARKS: Final = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from gpu_parts import arithmetic, report, trace  # noqa: E402
+
+from puna.config.presets import PRESETS  # noqa: E402
+
+LLAMA: Final = PRESETS["llama-3.1-8b"]
+# As an H200 was once seen to be; FP8 as GPU.md has it.
+LIMITS: Final = arithmetic.Limits(bandwidth=4.3e12, bfloat16=790e12, fp8=1.3e15)
+FP8_BYTES: Final = 8_030_261_248
+
+
+def row(name: str) -> arithmetic.Row:
+    return next(one for one in arithmetic.ROWS_8B if one.name == name)
+
+
+def floor(name: str, at_once: int = 1024) -> arithmetic.Floor:
+    return arithmetic.offline_floor(LLAMA, FP8_BYTES, row(name), at_once, LIMITS.of(is_fp8=True), "fp8")
+
+
+def test_short_requests_are_bound_by_arithmetic() -> None:
+    found = floor("128/128")
+    assert found.limited_by == "computing"
+    # 7.5e9 weights are multiplied for each output token, and 7.0e9 for each of the prompt's: 3.7 TFLOP a request, and
+    # 1 % more for attention, of which half is bfloat16's.
+    assert found.computing_seconds / 1024 == pytest.approx(128 * (2 * 7.50e9 + 2 * 6.98e9) / 1.3e15, rel=0.02)
+    assert found.tokens_per_second == pytest.approx(44_500, rel=0.02)
+
+
+def test_long_outputs_are_bound_by_reading() -> None:
+    found = floor("128/2048")
+    assert found.limited_by == "reading"
+    # 7.5 GB of weights and 1,024 caches of 1,152 tokens of 64 KiB: 85 GB a step.
+    step = (7.5e9 + 1024 * 1152 * 65536) / 4.3e12
+    assert found.seconds / 2047 == pytest.approx(step, rel=0.01)
+    assert found.tokens_per_second == pytest.approx(1024 / step, rel=0.01)
+
+
+def test_a_format_without_a_measured_rate_counts_as_bfloat16() -> None:
+    limits = arithmetic.Limits(bandwidth=1.0, bfloat16=2.0, fp8=None)
+    assert limits.of(is_fp8=True).operations["int8"] == 2.0
+    assert LIMITS.of(is_fp8=False).operations["int8"] == 790e12
+
+
+def test_as_many_requests_as_fit_the_time() -> None:
+    short = row("128/128")
+    assert arithmetic.requests_for(short, 40, 1024) == 27911 * 40 // 128
+    assert arithmetic.requests_for(short, 1e9, 1024) == 30_000
+    assert arithmetic.requests_for(row("20000/2000"), 1, 64) == 16  # a quarter of what runs at once, however long
+
+
+def test_phases_leave_ramp_up_and_drain_out_apart() -> None:
+    # Half the rate for a second, 100 tokens a bin for eight, half the rate for one more.
+    bins = {index: 100 if 20 <= index < 180 else 50 for index in range(200)}
+    found = arithmetic.phases(bins, 0.05, first_end=1.0, last_begin=9.0, end=10.0)
+    assert found.steady_tokens_per_second == pytest.approx(2000)
+    assert found.tokens_per_second == pytest.approx(1800)
+    assert (found.ramp_up_seconds, found.drain_out_seconds) == (1.0, 1.0)
+    assert arithmetic.phases(bins, 0.05, first_end=9.0, last_begin=1.0, end=10.0).steady_tokens_per_second is None
+
+
+def event(name: str, start: float, length: float, category: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": length}
+
+
+def test_idle_time_is_what_no_kernel_covers() -> None:
+    events = [
+        event("void gemm<float, 128>(int)", 0, 40),
+        event("void gemm<float, 64>(int)", 30, 20),  # overlaps
+        event("_attention_kernel", 60, 30),
+        event("Memcpy HtoD (Pinned -> Device)", 70, 30, "gpu_memcpy"),
+        event("aten::mm", 0, 1000, "cpu_op"),
+        {"ph": "M", "name": "process_name"},
+    ]
+    found = trace.device_times(events)
+    assert found.span == 100
+    assert found.idle_share == pytest.approx(0.1)
+    assert found.kernels == (("gemm", 60, 2), ("_attention_kernel", 30, 1), ("Memcpy HtoD", 30, 1))
+    with pytest.raises(ValueError, match="kernel"):
+        trace.device_times(events[-1:])
+
+
+def test_page_tells_what_failed(tmp_path: Path) -> None:
+    results = [{"row": "128/128", "tokens_per_second": 30_000.0, "published": 27_911, "floor": 44_000.0}]
+    found = {
+        "about": {"shape": "llama-3.1-8b", "device": "H200"},
+        "offline": {"results": results},
+        "beside": {"results": [{"what": "static", "tokens_per_second": 81.25}], "failed": "ImportError: no"},
+    }
+    page = report.page(found)
+    assert "| 128/128 | 30,000 | 27,911 | 44,000 |" in page
+    assert "Failed: `ImportError: no`" in page
+    pytest.importorskip("matplotlib")
+    report.plot(found, tmp_path / "plot.svg")
+    assert "128/128" in (tmp_path / "plot.svg").read_text()
+    with pytest.raises(ValueError, match="no row"):
+        report.plot({}, tmp_path / "none.svg")
+
+
+def test_every_part_runs_dry(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_h200.py"), "--dry-run", "--out", str(tmp_path)]
+    parts = "limits,single,offline,startup,deterministic,trace"
+    done = subprocess.run([*command, "--parts", parts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_h200.json").read_text())
+    assert found["about"]["dry_run"] is True
+    for name in parts.split(","):
+        assert found[name]["results"], name
+        assert not any("failed" in result for result in found[name]["results"]), found[name]
+    rows = found["offline"]["results"]
+    assert [one["row"] for one in rows] == ["2/2", "2/32"]
+    assert all(one["percent_of_floor"] > 0 and one["requests"] == 6 for one in rows)
+    assert {one["weights"] for one in found["single"]["results"]} == {"bf16", "fp8", "int4", "int8"}
+    # A part that fails is told of; what an earlier call measured stays.
+    missing = (
+        "import sys; sys.modules['transformers'] = None; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = f"import sys; sys.argv = {[command[1], *command[2:], '--parts', 'beside']!r}; {missing}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_h200.json").read_text())
+    assert "transformers" in found["beside"]["failed"]
+    assert found["offline"]["results"] == rows
