@@ -287,6 +287,7 @@ def test_what_is_no_http_gets_an_error_of_the_usual_shape(quick: tuple[str, int]
     head = answer.partition(b"\r\n\r\n")[0].lower().split(b"\r\n")
     status, error = parsed(answer)
     assert (status, error["type"], error["param"]) == (400, "invalid_request_error", None)
+    assert head[0] == b"http/1.1 400 bad request"
     assert says in error["message"]
     assert b"content-type: application/json" in head
     assert b"connection: close" in head

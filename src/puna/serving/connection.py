@@ -7,6 +7,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Final
 
 import h11
@@ -71,12 +72,13 @@ class Connection(H11Protocol):
         _log.warning("request %s refused with %d: it is no valid HTTP/1.1", name, error.status_code)  # may have a key
         answer = error.response()
         headers = [*answer.raw_headers, (b"x-request-id", name.encode()), (b"connection", b"close")]
-        for event in (
-            h11.Response(status_code=error.status_code, headers=headers),
+        reason = HTTPStatus(error.status_code).phrase.encode()
+        events = (
+            h11.Response(status_code=error.status_code, headers=headers, reason=reason),
             h11.Data(data=bytes(answer.body)),
             h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
+        )
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
 
     def _start_timer(self) -> None:
