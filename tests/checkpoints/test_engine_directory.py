@@ -16,11 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gguf_writer import random_blocks, write_gguf
+from puna import ops
 from puna.checkpoints import EngineDirectory, open_checkpoint
 from puna.checkpoints.engine_directory import MANIFEST, WEIGHTS
 from puna.config import read_json_object
 from puna.engine.recommended_pooling import recommended_pooling
 from puna.engine.tokenizer import Tokenizer
+from puna.layers import pieces
 from puna.llm import LLM
 from puna.models import LLaMAForCausalLM, load_model, model_loader
 from puna.scheduling.sampling_params import SamplingParams
@@ -117,6 +119,34 @@ def test_two_builds_are_the_same_bytes(make: Make, tmp_path: Path) -> None:
     first, second = (build(folder, tmp_path / name, quantization="int4") for name in "ab")
     assert (first / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
     assert (first / MANIFEST).read_bytes() == (second / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize("quantization", ["bf16", "int8", "int4", "stored"])
+@pytest.mark.parametrize("options", [{"tie_word_embeddings": True, "hidden_size": 40}, {"attention_bias": True}])
+def test_a_device_with_another_layout(
+    quantization: str, options: dict[str, Any], make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPUs want it: codes are the same bytes, and what the directory has in panels for the CPU becomes rows."""
+    source = make(dtype=torch.bfloat16, **options).path
+    target = build(source, tmp_path / "engine", quantization=quantization)
+    on_host = load_model(target)
+    monkeypatch.setattr(pieces, "dense_layout", lambda device: "panels" if device.index is None else "rows")
+    monkeypatch.setattr(ops, "backends_for", lambda device: (ops.ReferenceBackend(),))
+    loaded = load_model(target, device="cpu:0")
+    for (name, piece), (_, wanted) in zip(loaded.pieces(), on_host.pieces(), strict=True):
+        assert torch.equal(piece.read(), wanted.read()), name
+    plain = [name for name, parameter in loaded.named_parameters() if parameter.dtype != torch.uint8]
+    assert ("vocab_embedding.weight" in plain) == (quantization in ("bf16", "stored"))
+    assert same_parameters(loaded, load_model(source, device="cpu:0", quantization=quantization))
+
+
+def test_scales_of_the_cache_go_along(make: Make, tmp_path: Path) -> None:
+    folder = make()
+    scales = {f"model.layers.1.self_attn.{name}_scale": torch.tensor(2.0) for name in "kv"}
+    folder.write(folder.tensors | scales)
+    model = load_model(build(folder.path, tmp_path / "engine", quantization="bf16"))
+    assert [layer.attention.cache_scales for layer in model.layers] == [(1.0, 1.0), (2.0, 2.0)]
+    assert open_checkpoint(tmp_path / "engine").cache_scales == {1: (2.0, 2.0)}
 
 
 def test_llm_with_text(make_with_tokenizer: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -83,13 +83,15 @@ class EngineDescription:
     """What the manifest says of the model.
 
     `config_fields` are those of a config.json in the dtype that the model runs in. `weight_formats` has, by the names
-    of a checkpoint's tensors, the formats of weights that have another one than `quantization` stands for.
+    of a checkpoint's tensors, the formats of weights that have another one than `quantization` stands for;
+    `cache_scales` are those of Checkpoint.
     """
 
     source: str
     quantization: str
     config_fields: Mapping[str, Any]
     weight_formats: Mapping[str, str]
+    cache_scales: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     def manifest(self, weight_bytes: int) -> dict[str, Any]:
         return {
@@ -104,6 +106,7 @@ class EngineDescription:
             "files": {WEIGHTS: weight_bytes},
             "config": dict(self.config_fields),
             "weight_formats": dict(self.weight_formats),
+            "cache_scales": {str(layer): list(scales) for layer, scales in self.cache_scales.items()},
         }
 
 
@@ -150,6 +153,10 @@ class EngineDirectory(Checkpoint):
 
     def read(self, name: str, source: tuple[slice, ...]) -> Tensor:
         return _view(self._pages(), self._tensors[name])[source].clone()
+
+    @property
+    def cache_scales(self) -> Mapping[int, tuple[float, float]]:
+        return self.description.cache_scales
 
     def check_numbers(self, quantization: str | None, dtype: str | None) -> None:
         """Raises ValueError where a caller asks for other numbers than the directory holds."""
@@ -277,7 +284,19 @@ def _read_description(manifest: FieldReader) -> EngineDescription:
         quantization=manifest.text("quantization"),
         config_fields=config.fields,
         weight_formats=names,
+        cache_scales=_read_cache_scales(manifest.child("cache_scales")),
     )
+
+
+def _read_cache_scales(reader: FieldReader | None) -> dict[int, tuple[float, float]]:
+    found: dict[int, tuple[float, float]] = {}
+    for layer, pair in ({} if reader is None else reader.fields).items():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is float and n > 0 for n in pair)):
+            raise ValueError(
+                f"{MANIFEST}: cache_scales of layer {layer} are {pair!r}: they must be two positive numbers"
+            )
+        found[int(layer)] = (pair[0], pair[1])
+    return found
 
 
 def _remedy(manifest: FieldReader) -> str:

@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint
+from puna.checkpoints import Checkpoint, open_checkpoint
 from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
 from puna.distributed import NullCommunicator
 from puna.engine.executor import Executor, ExecutorEnded, StepTimeout, result_within
@@ -26,8 +26,8 @@ from puna.engine.recommended_pooling import recommended_pooling
 from puna.engine.request_trace import RequestTrace
 from puna.engine.token_bytes import TokenBytes
 from puna.engine.tokenizer import Tokenizer
-from puna.models import LLaMAForCausalLM, model_loader
-from puna.models.loading import ModelLoader, resolved_config
+from puna.engine.weights import weights_loader
+from puna.models.loading import resolved_config
 from puna.ops import cpu
 from puna.planning.memory_plan import Capacity, MemoryPlan
 from puna.runtime.cuda import accelerator_of, usable_device
@@ -152,7 +152,7 @@ class Engine:
         device = usable_device(device)
         accelerator = accelerator_of(device)
         comm = NullCommunicator(device)
-        loader = _loader(checkpoint, config, comm, quantization, engine_config)
+        loader = weights_loader(checkpoint, config, comm, quantization, engine_config)
         capacity = Capacity(
             max_model_len=max_model_len,
             max_num_seqs=engine_config.max_num_seqs,
@@ -453,38 +453,6 @@ def _call(listener: Listener, delta: RequestDelta) -> bool:
 
 def _text_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _loader(
-    checkpoint: Checkpoint,
-    config: LLaMAConfig,
-    comm: NullCommunicator,
-    quantization: str | None,
-    engine_config: EngineConfig,
-) -> ModelLoader[LLaMAForCausalLM]:
-    """Weights for the compiled kernels where these can run the model, else plain matrices for the reference ops."""
-    refusal = None
-    if comm.device.type != "cpu":
-        refusal = f"the compiled kernels are for the CPU, not for {comm.device}"
-    elif not cpu.compiled():
-        refusal = "the compiled kernels are not installed"
-    elif engine_config.block_size % 16:
-        refusal = f"the compiled kernels need a block_size that is a multiple of 16, not {engine_config.block_size}"
-    elif config.head_size > 256:
-        refusal = f"the compiled kernels take heads of up to 256 numbers, not {config.head_size}"
-    if refusal is not None:
-        for name, value in (("quantization", quantization), ("kv_cache_dtype", engine_config.kv_cache_dtype)):
-            if value not in (None, "auto"):
-                raise ValueError(f"{name} is {value!r}, but {refusal}: leave it out")
-        if isinstance(checkpoint, EngineDirectory) and cpu.compiled():
-            raise ValueError(
-                f"{checkpoint.source} has its weights as the compiled kernels want them, but {refusal}: change that, "
-                f"or load {checkpoint.description.source}"
-            )
-        if comm.device.type == "cpu":
-            _log.warning("%s: everything runs on the reference ops, many times slower", refusal)
-        return model_loader(checkpoint, config.dtype, comm=comm)
-    return model_loader(checkpoint, config.dtype, comm=comm, quantization=quantization or "stored")
 
 
 def _eos_token_ids(generation_config: GenerationConfig, tokenizer: Tokenizer) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def layer_format(name: str, outputs: int, inputs: int, config: LLaMAConfig, comm: Communicator) -> WeightFormat:
     """The weight format of that name as this rank's device wants it; see `weight_format`."""
-    return weight_format(name, torch_dtype(config.dtype), outputs, inputs, dense_layout(comm.device))
+    return weight_format(name, torch_dtype(config.dtype), outputs, inputs, weight_layout(comm))
 
 
-def keeps_fp8(comm: Communicator) -> bool:
-    """Whether this rank's device multiplies weights in FP8: not the CPU, which has no units for it."""
-    return dense_layout(comm.device) == "rows"
+def weight_layout(comm: Communicator) -> Literal["panels", "rows"]:
+    """How this rank's device wants weights that are not in groups; what has them in panels, the CPU, has no FP8."""
+    return dense_layout(comm.device)
 
 
 def op_table(config: LLaMAConfig, comm: Communicator) -> OpTable:

@@ -23,7 +23,7 @@ from puna.checkpoints.engine_directory import EngineDescription, TensorKind, tex
 from puna.checkpoints.fp8 import cuts_blocks
 from puna.config import Dtype, LLaMAConfig
 from puna.distributed import Communicator, NullCommunicator, TorchCommunicator
-from puna.layers.pieces import Piece, keeps_fp8
+from puna.layers.pieces import Piece, PiecewiseModule, weight_layout
 from puna.mapping import Mapping
 from puna.ops.pages import zero_pages
 from puna.quantization import QUANTIZATIONS, stored_format
@@ -70,7 +70,7 @@ class ModelLoader(Generic[Model]):
             several = mapping is not None and mapping.world_size > 1
             comm = TorchCommunicator(mapping, device) if several and mapping is not None else NullCommunicator(device)
         _check_layers(checkpoint, config)
-        if config.quant.startswith("fp8") and not keeps_fp8(comm):
+        if config.quant.startswith("fp8") and weight_layout(comm) == "panels":
             raise ValueError(
                 f"quantization is 'fp8', but there are no kernels for FP8 on {comm.device}: use int8, or a GPU"
             )
@@ -84,8 +84,14 @@ class ModelLoader(Generic[Model]):
             check_tensors(checkpoint, dict(whole.pieces()), config)
             formats = _weight_formats(model, checkpoint)
         _store_as(model, formats, checkpoint)
+        # What an engine directory has is in the layout of the CPU, from which other devices' is made while loading.
+        self._host: Model | None = None
         if isinstance(checkpoint, EngineDirectory):
-            checkpoint.check(_kinds(model))
+            if weight_layout(comm) != "panels":
+                with torch.device("meta"):
+                    self._host = model_class(config)
+                _store_as(self._host, formats, checkpoint)
+            checkpoint.check(_kinds(self._host or model))
         model.generation_config = checkpoint.generation_config
         model.set_cache_scales(checkpoint.cache_scales)
         self.checkpoint, self.config, self.comm = checkpoint, config, comm
@@ -96,14 +102,24 @@ class ModelLoader(Generic[Model]):
         """What the weights of this rank take."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
 
+    @property
+    def parameter_dtypes(self) -> frozenset[torch.dtype]:
+        """Of the weights of this rank; uint8 are panels of codes, or of numbers on the CPU."""
+        return frozenset(parameter.dtype for parameter in self._model.parameters())
+
     def load(self, progress: Progress | None = None) -> Model:
         """Gives the model storage, fills it and hands it over. One call of `load` or `build` may be made.
 
         `progress` is called with the bytes of weights that were read, and those of all.
         """
         if isinstance(self.checkpoint, EngineDirectory):
-            mapped = self.checkpoint.map(_kinds(self._model))
-            _place(self._model, lambda name, _: mapped[name])
+            stored = self._model if self._host is None else self._host
+            mapped = self.checkpoint.map(_kinds(stored))
+            _place(stored, lambda name, _: mapped[name])
+            if self._host is not None:
+                allocate(self._model, self.comm.device)
+                _convert(self._host, self._model)
+                self._host = None
             if progress is not None:
                 progress(self.weight_bytes, self.weight_bytes)
         else:
@@ -126,6 +142,7 @@ class ModelLoader(Generic[Model]):
             quantization=self.config.quant,
             config_fields=self.config.to_hugging_face(),
             weight_formats=self._formats,
+            cache_scales=self.checkpoint.cache_scales,
         )
         others = text_files(self.checkpoint)
         with writing_engine(Path(target), description, _kinds(self._model), others) as storage:
@@ -172,7 +189,7 @@ def _weight_formats(model: LLaMAForCausalLM, checkpoint: Checkpoint) -> dict[str
         if piece.store_as is None or not kept:
             continue
         form = stored_format(checkpoint.dtype(name))
-        if form.startswith("fp8") and not keeps_fp8(model.comm):
+        if form.startswith("fp8") and weight_layout(model.comm) == "panels":
             unkept.append(name)
         elif form == "fp8-block" and cuts_blocks(piece.source, piece.full_shape):
             formats[name] = "panels"
@@ -211,11 +228,26 @@ def _kinds(model: nn.Module) -> dict[str, TensorKind]:
 
 
 def _check_use(checkpoint: EngineDirectory, comm: Communicator) -> None:
-    if comm.mapping.world_size > 1 or comm.device.type != "cpu":
+    if comm.mapping.world_size > 1:
         raise ValueError(
-            f"{checkpoint.source} holds a whole model for the CPU: load its source, "
-            f"{checkpoint.description.source}, on {comm.device} or on several ranks"
+            f"{checkpoint.source} holds a whole model: load its source, {checkpoint.description.source}, on several "
+            "ranks"
         )
+
+
+def _convert(host: nn.Module, model: nn.Module) -> None:
+    """Fills a model with what another one of the same weights holds, in another layout. Codes in panels are the same
+    bytes on every device; what else lies otherwise goes through rows."""
+    for mine, theirs in zip(model.modules(), host.modules(), strict=True):
+        own, other = (dict(module.named_parameters(recurse=False)) for module in (mine, theirs))
+        alike = {name for name in own if own[name].shape == other[name].shape and own[name].dtype == other[name].dtype}
+        if isinstance(mine, PiecewiseModule) and isinstance(theirs, PiecewiseModule) and len(alike) < len(own):
+            for target, source in zip(mine.pieces(), theirs.pieces(), strict=True):
+                target.write(source.read())
+        # After that, since rows of codes may have been rounded anew on their way.
+        with torch.no_grad():
+            for name in alike:
+                own[name].copy_(other[name])
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
