@@ -1,0 +1,337 @@
+"""Linear layers whose weights are int8 or int4 in panels: activations stay as they are, sums are in float32.
+
+One kernel, in tiles for 8 to 64 rows of x, multiplies codes as they are, which are exact in bfloat16, on tensor cores,
+and the sums of each group by its scale: nothing is rounded but sums. For many rows the whole weight is written out and
+multiplied by torch (cuBLAS). docs/gpu.md has the counts behind the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from puna.ops import reference, triton_tuning
+from puna.ops.panels import BLOCK, LANES, Panels
+from puna.ops.triton_device import multiprocessors
+from puna.ops.triton_panels import centred_codes, computable, dequantize
+from puna.ops.triton_pointwise import activate, gated_activation
+from puna.ops.triton_rounding import rounded
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share: `rows` of x times `panels` of 32 outputs; each warp takes every warps-th block of inputs.
+
+    unroll: blocks that a warp has between two barriers; two and more such runs are on their way in shared memory.
+    """
+
+    rows: int
+    panels: int
+    warps: int
+    unroll: int
+
+
+# By name, since that is what a file of measurements keeps: rows x outputs, warps.
+TILES: Final = MappingProxyType(
+    {
+        "8x32 4": Tile(8, 1, 4, 4),
+        "8x32 8": Tile(8, 1, 8, 4),
+        "8x32 16": Tile(8, 1, 16, 2),
+        "8x64 4": Tile(8, 2, 4, 4),
+        "8x64 8": Tile(8, 2, 8, 2),
+        "16x32 8": Tile(16, 1, 8, 2),
+        "16x32 16": Tile(16, 1, 16, 2),
+        "16x64 8": Tile(16, 2, 8, 1),
+        "32x32 8": Tile(32, 1, 8, 1),
+        "32x64 4": Tile(32, 2, 4, 1),
+        "64x32 4": Tile(64, 1, 4, 1),
+        "64x32 8": Tile(64, 1, 8, 1),
+    }
+)
+# For all numbers of rows alike, in deterministic mode, and the one of gated layers.
+_DETERMINISTIC: Final = "16x32 8"
+_DETERMINISTIC_GATED: Final = "16x64 8"
+_LIBRARY: Final = "library"
+# Rows from which on it takes less time to write the weight out and have cuBLAS multiply it (docs/gpu.md).
+_MANY_ROWS: Final = 256
+# Numbers of a weight that are written out at a time: 128 MiB in bfloat16.
+_WRITTEN_OUT: Final = 1 << 26
+
+
+@triton.jit
+def panel_kernel(  # type: ignore[no-untyped-def]
+    x,  # [T, E]
+    words,  # int32, the panels
+    bias,  # [N], or unused
+    y,  # [T, N], or gated [T, F]
+    T,
+    E,
+    N,  # columns of y
+    x_stride,
+    blocks,  # of 32 inputs
+    panels,  # in all
+    second,  # how many panels after the first one of a program the next one is
+    magic,  # see centred_codes
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MINIMUMS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """BLOCK_T rows of x times R panels; each of S warps takes every S-th block of inputs."""
+    T1: tl.constexpr = BLOCK_T // 8
+    HEAD: tl.constexpr = 16 * GROUPS * (1 + MINIMUMS)  # words of scales and minimums
+    WORDS: tl.constexpr = HEAD + 32 * BITS
+    first = tl.program_id(1) if second > 1 else tl.program_id(1) * R
+    # The order of the axes is what makes triton's choice of who loads what the one that needs no exchange: contiguous
+    # ones last, then the threads of a warp from the first axis on, then the warps.
+    c = tl.arange(0, 4)[:, None, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None, None]
+    s = tl.arange(0, S)[None, None, :, None, None]
+    r = tl.arange(0, R)[None, None, None, :, None]
+    i = tl.arange(0, 4)[None, None, None, None, :]
+    panel = tl.minimum(first + r * second, panels - 1).to(tl.int64)
+    at = words + (panel * blocks + s) * WORDS
+    heads = at.to(tl.pointer_type(tl.float16)) + (g * 4 + i + 0 * c)
+    if BITS == 4:
+        codes = at + (HEAD + c * 32 + g * 4 + i)
+        block = s
+    else:
+        u = tl.arange(0, 2)[None, None, None, None, :, None]
+        codes = tl.expand_dims(at + (c * 64 + g * 4 + i), 4) + (HEAD + u * 32)
+        block = tl.expand_dims(s, 4)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, 8)[:, None, None, None] + 8 * tl.arange(0, T1)[None, None, :, None]
+    k = tl.arange(0, S)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
+    rows = x + t.to(tl.int64) * x_stride + k
+    total = tl.zeros((S, 32 * R, BLOCK_T), tl.float32)
+    for n in tl.range(0, tl.cdiv(blocks, S), loop_unroll_factor=UNROLL):
+        w = tl.load(codes) if EVEN else tl.load(codes, mask=n * S + block < blocks, other=0)
+        a = centred_codes(w, magic, BITS, DTYPE)
+        for group in tl.static_range(GROUPS):
+            live = t < T
+            if not EVEN:
+                live = live & (n * (32 * S) + k < E)
+            if GROUPS == 2:
+                live = live & (k % 32 // 16 == group)
+            part = tl.load(rows, mask=live, other=0.0)
+            if EVEN:
+                scale = tl.load(heads + group * 32)
+            else:
+                scale = tl.load(heads + group * 32, mask=n * S + s < blocks, other=0.0)
+            scale = _per_output(scale.to(tl.float32), S, R, T1)
+            acc = _dot(a, part, S, T1, DTYPE, PARTS)
+            total += scale * acc
+            if MINIMUMS:
+                if EVEN:
+                    minimum = tl.load(heads + (GROUPS + group) * 32)
+                else:
+                    minimum = tl.load(heads + (GROUPS + group) * 32, mask=n * S + s < blocks, other=0.0)
+                # weight = scale * (code - centre) + (minimum + scale * centre)
+                level = _per_output(minimum.to(tl.float32), S, R, T1) + scale * (1 << (BITS - 1))
+                ones = tl.full((S, 16, 16), 1.0, tl.float32).to(DTYPE)
+                ones = computable(tl.reshape(tl.join(ones, ones), (S, 16, 32)))
+                sums = _dot(ones, part, S, T1, DTYPE, PARTS)  # each row is the sum of x
+                sums = tl.broadcast_to(tl.expand_dims(sums, 1), (S, 2 * R, 16, BLOCK_T))
+                total += level * tl.reshape(sums, (S, 32 * R, BLOCK_T))
+        codes += S * WORDS
+        heads += 2 * S * WORDS
+        rows += 32 * S
+    result = tl.sum(total, 0)  # [32 R, BLOCK_T], in a fixed order
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
+    m = tl.arange(0, 32)
+    column = (first * 32 + m % 8 * 4 + m // 8)[:, None]
+    if ACTIVATION == "":
+        m = tl.arange(0, 32 * R)
+        column = ((first + m // 32 * second) * 32 + m % 8 * 4 + m % 32 // 8)[:, None]
+        if HAS_BIAS:
+            result += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
+    else:
+        tl.static_assert(R == 2)
+        gate, up = tl.split(tl.permute(tl.reshape(result, (2, 32, BLOCK_T)), (1, 2, 0)))
+        if HAS_BIAS:
+            gate += tl.load(bias + column).to(tl.float32)
+            up += tl.load(bias + N + column).to(tl.float32)
+        result = activate(gate, ACTIVATION) * up
+    inside = (row < T) & (column < N)
+    tl.store(y + row.to(tl.int64) * N + column, rounded(result, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _per_output(values, S: tl.constexpr, R: tl.constexpr, T1: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[4, 8 g, S, R, 4 i], alike along the first axis -> [S, 32 R, 8 T1], laid out as the sums of a dot are."""
+    ordered = tl.permute(values, (2, 3, 4, 1, 0))[:, :, :, :, None, :, None]
+    return tl.reshape(tl.broadcast_to(ordered, (S, R, 4, 8, T1, 4, 2)), (S, 32 * R, 8 * T1))
+
+
+@triton.jit
+def _dot(a, x, S: tl.constexpr, T1: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a [S, M, 32] times x [8, S, T1, 32] -> float32 [S, M, 8 T1]; x in float32 as three parts, with exact products."""
+    if PARTS == 1:
+        return tl.dot(a, _operand(x.to(DTYPE), S, T1))
+    high = rounded(x, DTYPE)
+    rest = x - high.to(tl.float32)
+    middle = rounded(rest, DTYPE)
+    low = rounded(rest - middle.to(tl.float32), DTYPE)
+    acc = tl.dot(a, _operand(low, S, T1))
+    acc = tl.dot(a, _operand(middle, S, T1), acc)
+    return tl.dot(a, _operand(high, S, T1), acc)
+
+
+@triton.jit
+def _operand(x, S: tl.constexpr, T1: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [8, S, T1, 32] with its inputs in the order of centred_codes -> [S, 32, 8 T1]."""
+    split = tl.reshape(x, (8, S, T1, 4, 2, 2, 2))  # c, j0, e, j1
+    return computable(tl.reshape(tl.permute(split, (1, 6, 3, 4, 5, 2, 0)), (S, 32, 8 * T1)))
+
+
+def panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """reference.panel_linear; which tile is a matter of measurement. Weights in dense panels go to the reference."""
+    if not panels.format.bits:
+        return reference.panel_linear(x, panels, bias, dtype)
+    rows = x.numel() // x.shape[-1]
+    variants = [name for name, tile in TILES.items() if _suits(tile, rows)]
+    default = _default(rows, -(-panels.outputs // LANES), multiprocessors(x.device))
+    if rows > 64 and dtype == x.dtype:  # with another dtype, the library would round twice
+        variants.append(_LIBRARY)
+        default = _LIBRARY if rows > _MANY_ROWS else default
+
+    def run(variant: str) -> Tensor:
+        return _library(x, panels, bias) if variant == _LIBRARY else launch(x, panels, bias, dtype, TILES[variant])
+
+    shape = _shape(rows, panels, x.dtype, dtype)
+    return run(triton_tuning.current().choose("panel_linear/1", shape, default, variants, run))
+
+
+def panel_gated_linear(x: Tensor, panels: Panels, bias: Tensor | None, activation: str) -> Tensor:
+    """reference.panel_gated_linear: one kernel where no panel holds both gates and ups, as is nearly always so."""
+    if not _fuses(panels):
+        return gated_activation(panel_linear(x, panels, bias, torch.float32), activation).to(x.dtype)
+    rows = x.numel() // x.shape[-1]
+    variants = [
+        name for name, tile in TILES.items() if tile.panels == 2 and (_suits(tile, rows) or rows > 32 == tile.rows)
+    ]
+    default = "8x64 8" if rows <= 8 else "16x64 8" if rows <= 16 else "32x64 4"
+    if rows > 64:
+        variants.append(_LIBRARY)
+        default = _LIBRARY if rows > _MANY_ROWS else default
+
+    def run(variant: str) -> Tensor:
+        if variant == _LIBRARY:
+            return gated_activation(_library(x, panels, bias), activation)
+        return launch(x, panels, bias, x.dtype, TILES[variant], activation)
+
+    shape = _shape(rows, panels, x.dtype, x.dtype)
+    return run(triton_tuning.current().choose("panel_gated_linear/1", shape, default, variants, run))
+
+
+def deterministic_panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same in one tile for any number of rows: a row's result does not depend on the others, to the bit."""
+    if not panels.format.bits:
+        raise ValueError(f"{panels.format} on a GPU is not deterministic: keep such weights in rows")
+    return launch(x, panels, bias, dtype, TILES[_DETERMINISTIC])
+
+
+def deterministic_panel_gated_linear(x: Tensor, panels: Panels, bias: Tensor | None, activation: str) -> Tensor:
+    """The same of panel_gated_linear."""
+    if not _fuses(panels):
+        whole = deterministic_panel_linear(x, panels, bias, torch.float32)
+        return gated_activation(whole, activation).to(x.dtype)
+    return launch(x, panels, bias, x.dtype, TILES[_DETERMINISTIC_GATED], activation)
+
+
+def launch(
+    x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype, tile: Tile, activation: str = ""
+) -> Tensor:
+    """panel_linear, or with an activation panel_gated_linear, in a given tile -> [..., N]."""
+    form, inputs = panels.format, panels.inputs
+    flat = x.reshape(-1, inputs)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    columns = panels.outputs // 2 if activation else panels.outputs
+    y = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
+    count, blocks = panels.data.shape[0], -(-inputs // BLOCK)
+    half = x.dtype == torch.float16
+    if y.numel():
+        panel_kernel[(triton.cdiv(flat.shape[0], tile.rows), triton.cdiv(count, tile.panels))](
+            flat,
+            panels.data.view(torch.int32),
+            y if bias is None else bias,
+            y,
+            flat.shape[0],
+            inputs,
+            columns,
+            flat.stride(0),
+            blocks,
+            count,
+            count // 2 if activation else 1,
+            0x64006400 if half else 0x43004300,
+            BITS=form.bits,
+            GROUPS=BLOCK // form.group_size,
+            MINIMUMS=form.minimums,
+            DTYPE=tl.float16 if half else tl.bfloat16,
+            PARTS=3 if x.dtype == torch.float32 else 1,
+            HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
+            EVEN=inputs % (BLOCK * tile.warps) == 0,
+            S=tile.warps,
+            R=tile.panels,
+            BLOCK_T=tile.rows,
+            UNROLL=tile.unroll,
+            num_warps=tile.warps,
+        )
+    return y
+
+
+def _library(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
+    """The weight written out in x's dtype, as much of it at a time as keeps memory small, and multiplied by torch."""
+    step = max(1, _WRITTEN_OUT // panels.inputs // LANES) * LANES
+    parts = []
+    for start in range(0, panels.outputs, step):
+        stop = min(start + step, panels.outputs)
+        part = None if bias is None else bias[start:stop].to(x.dtype)
+        parts.append(F.linear(x, dequantize(panels, start, stop - start, x.dtype), part))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _fuses(panels: Panels) -> bool:
+    return bool(panels.format.bits) and panels.outputs % (2 * LANES) == 0
+
+
+def _suits(tile: Tile, rows: int) -> bool:
+    """Whether a tile is worth measuring for so many rows."""
+    return tile.rows == min(max(triton.next_power_of_2(rows), 8), 64) or (
+        rows > 32 and tile.rows == 32 == tile.panels * 16
+    )
+
+
+def _default(rows: int, count: int, processors: int) -> str:
+    """The tile where nothing was measured: more warps a panel where there are few panels to keep all busy."""
+    few = count <= 2 * processors
+    if rows <= 8:
+        return "8x32 16" if few else "8x32 8"
+    if rows <= 16:
+        return "16x32 16" if few else "16x32 8"
+    if rows <= 32:
+        return "32x32 8" if few else "32x64 4"
+    return "64x32 8" if few else "64x32 4"
+
+
+def _shape(rows: int, panels: Panels, *dtypes: torch.dtype) -> Sequence[int | str]:
+    form = panels.format
+    kind = f"int{form.bits}-{form.group_size}{'-min' if form.minimums else ''}"
+    return (triton_tuning.bucket(rows), panels.outputs, panels.inputs, kind, *map(str, dtypes))
