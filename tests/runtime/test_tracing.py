@@ -18,9 +18,15 @@ from puna.runtime.tracing import ChromeTrace
 def events(path: Path) -> list[dict[str, Any]]:
     """Of a file that was ended; the ones that name tracks left out."""
     found = json.loads(path.read_text())
-    assert [event["args"]["name"] for event in found[:3]] == ["puna", "engine: plans and results", "steps"]
-    assert {event["ph"] for event in found[:3]} == {"M"}
-    return found[3:]
+    assert [event["args"]["name"] for event in found[:5]] == [
+        "puna",
+        "engine: plans and results",
+        "steps",
+        "GPU",
+        "results of a GPU's steps",
+    ]
+    assert {event["ph"] for event in found[:5]} == {"M"}
+    return found[5:]
 
 
 def test_events_have_what_the_format_asks_for(tmp_path: Path) -> None:
@@ -98,7 +104,7 @@ os.kill(os.getpid(), 9)
     text = path.read_text()
     assert not text.rstrip().endswith("]")
     found = json.loads(text + "]")
-    assert [event["name"] for event in found[3:]] == [f"span {number}" for number in range(len(found) - 3)]
+    assert [event["name"] for event in found[5:]] == [f"span {number}" for number in range(len(found) - 5)]
     assert len(found) > 100
 
 

@@ -229,7 +229,10 @@ class AsyncModelRunner(ModelRunner):
     def _graph(self, bucket: int, width: int, ending: _Ending, inputs: StepInputs) -> CudaStepGraph:
         graph = self._captured.get((bucket, width, ending))
         if graph is None:
+            # The step runs before it is captured, and would then go on from the tokens that it chose itself.
+            chosen = self.buffers.chosen.clone()
             graph = CudaStepGraph(functools.partial(self._run, ending), inputs, self._accelerator)
+            self.buffers.chosen.copy_(chosen)
             self._captured[bucket, width, ending] = graph
         return graph
 
