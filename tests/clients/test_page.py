@@ -98,6 +98,17 @@ def test_text_appears_while_it_is_written(page: ChatPage, slow: None) -> None:
     assert lengths == sorted(lengths)
 
 
+def test_page_tells_that_it_waits(page: ChatPage) -> None:
+    page.page.route("**/v1/chat/completions", lambda route: None)  # no answer, as of a long prompt
+    page.send(START)
+    playwright.expect(page.answers.get_by_text("Waiting for the first token")).to_be_visible()
+    playwright.expect(page.answers.get_by_role("button")).to_have_count(0)
+    page.button("Stop").click()
+    page.wait_until_answered()
+    playwright.expect(page.answers.get_by_text("Waiting for the first token")).to_be_hidden()
+    assert page.answers.locator(".note").inner_text() == "Stopped."
+
+
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_keeps_what_there_is_and_ends_the_request(page: ChatPage, demo: Running, slow: None, how: str) -> None:
     set_sampling(page, max_tokens=400)
@@ -862,7 +873,7 @@ def test_every_control_has_a_name(page: ChatPage) -> None:
     levels = page.page.evaluate(
         "[...document.querySelectorAll('h1, h2, h3')].filter((h) => h.checkVisibility()).map((h) => h.tagName)"
     )
-    assert levels[0] == "H1"
+    assert levels[:3] == ["H1", "H2", "H3"]  # no level is left out before the answer's own
 
 
 def test_screen_readers_get_answers_once(page: ChatPage, slow: None) -> None:

@@ -176,7 +176,7 @@ async function answer(conversation) {
   const request = requestOf(conversation);
   const message = { role: "assistant", content: "" };
   const run = { message, view: new MessageView(message, isText()), abort: new AbortController() };
-  run.view.isRunning = true;
+  run.view.start();
   conversation.messages.push(message);
   conversation.updated = Date.now();
   runs.set(conversation.id, run);

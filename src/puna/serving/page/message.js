@@ -46,7 +46,7 @@ export async function copyText(text) {
 }
 
 export class MessageView {
-  isRunning = false;
+  #isRunning = false;
   #content = el("div", { class: "content", dir: "auto" });
   #reasoning = el("div", { class: "content", dir: "auto" });
   #details = el("details", { class: "reasoning" }, el("summary", {}, "Reasoning"), this.#reasoning);
@@ -95,9 +95,14 @@ export class MessageView {
     });
   }
 
+  start() {
+    this.#isRunning = true;
+    this.#render();
+  }
+
   /** The message is over; shows it at once. */
   finish() {
-    this.isRunning = false;
+    this.#isRunning = false;
     cancelAnimationFrame(this.#frame);
     this.#frame = 0;
     this.#render();
@@ -140,7 +145,7 @@ export class MessageView {
     if (this.#markdown) this.#markdown.update(content);
     else showText(this.#plain, content);
     if (role === "user") return;
-    const isThinking = this.isRunning && !content;
+    const isThinking = this.#isRunning && !content;
     this.#details.hidden = !reasoning;
     if (reasoning) this.#thoughts.update(reasoning);
     // Open while nothing else is to be seen; then it is the reader's.
@@ -158,7 +163,7 @@ export class MessageView {
       this.#error.append(el("p", {}, error), again);
     }
     this.#stats.textContent = stats ? statsText(stats) : "";
-    this.element.toggleAttribute("data-running", this.isRunning);
+    this.element.toggleAttribute("data-running", this.#isRunning);
   }
 }
 
