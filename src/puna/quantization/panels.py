@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from puna.ops import OpTable
 from puna.ops.packing import can_round, round_rows
-from puna.ops.panels import BLOCK, PanelFormat, Panels
+from puna.ops.panels import BLOCK, LANES, PanelFormat, Panels
 from puna.ops.scaled import InputScaling, ScaledRows, plain
 from puna.quantization.groups import GroupQuantized
 from puna.quantization.quantized import Quantized
@@ -18,6 +19,10 @@ from puna.quantization.rounding import round_to_groups
 
 # Weights that are converted at a time: 4 MiB in float32, and a few times that with what the conversion makes.
 _CHUNK = 1 << 20
+
+
+def is_on_host(data: Tensor) -> bool:
+    return data.device.type == "cpu"
 
 
 def _rows_at_a_time(inputs: int) -> int:
@@ -45,14 +50,28 @@ class _PanelFormat(ABC):
         return Panels(parameters["weight"].detach(), self.form, self.outputs, self.inputs)
 
     def write(self, parameters: Mapping[str, Tensor], rows: slice, dense: Tensor) -> None:
-        panels = self.panels(parameters)
         step = _rows_at_a_time(self.inputs)
-        for start in range(0, dense.shape[0], step):
-            self._write(panels, rows.start + start, dense[start : start + step])
-        self._clear_padding(panels, rows)
+        with self._on_host(parameters, rows) as (panels, first):
+            for start in range(0, dense.shape[0], step):
+                self._write(panels, first + start, dense[start : start + step].to(panels.data.device))
+            self._clear_padding(panels, rows)
 
     def write_quantized(self, parameters: Mapping[str, Tensor], rows: slice, quantized: Quantized) -> None:
         self.write(parameters, rows, quantized.dequantize())
+
+    @contextmanager
+    def _on_host(self, parameters: Mapping[str, Tensor], rows: slice) -> Iterator[tuple[Panels, int]]:
+        """The panels that rows are written to, and the place of the first row in them. What is packed on the CPU is
+        packed there for other devices too: in a copy of the panels that hold these rows, which goes back at the end."""
+        whole = self.panels(parameters)
+        if is_on_host(whole.data):
+            yield whole, rows.start
+            return
+        touched = slice(rows.start // LANES, -(-rows.stop // LANES))
+        start = touched.start * LANES
+        copy = whole.data[touched].to("cpu", copy=True)
+        yield Panels(copy, self.form, min(touched.stop * LANES, self.outputs) - start, self.inputs), rows.start - start
+        whole.data[touched].copy_(copy)
 
     @abstractmethod
     def _write(self, panels: Panels, first: int, dense: Tensor) -> None: ...
@@ -120,16 +139,16 @@ class GroupPanels(_PanelFormat):
         if not isinstance(quantized, GroupQuantized):
             super().write_quantized(parameters, rows, quantized)
             return
-        panels = self.panels(parameters)
         step = _rows_at_a_time(self.inputs)
-        for start in range(0, quantized.shape[0], step):
-            part = quantized.rows(slice(start, start + step))
-            fitting = self._fitting(part)
-            if fitting is None:
-                self._write(panels, rows.start + start, part.dequantize())
-            else:
-                panels.write_groups(rows.start + start, *fitting)
-        self._clear_padding(panels, rows)
+        with self._on_host(parameters, rows) as (panels, first):
+            for start in range(0, quantized.shape[0], step):
+                part = quantized.rows(slice(start, start + step))
+                fitting = self._fitting(part)
+                if fitting is None:
+                    self._write(panels, first + start, part.dequantize())
+                else:
+                    panels.write_groups(first + start, *fitting)
+            self._clear_padding(panels, rows)
 
     def _fitting(self, groups: GroupQuantized) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Codes, scales and minimums as this format has them, or None where it can't hold these groups as they are."""
