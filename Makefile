@@ -14,7 +14,10 @@ PEERS := .venv-peers
 BENCH_ARGS ?=
 LLAMA_SERVER := $(PEERS)/llama.cpp/bin/llama-server
 
-.PHONY: demo test test-clients sanitize lint format bench bench-server clean
+# Where results of a GPU go.
+GPU_OUT ?= gpu_results
+
+.PHONY: demo test test-clients test-gpu sanitize lint format bench bench-gpu bench-server clean
 
 demo: $(INSTALLED)
 	$(BIN)/puna generate --model demo --echo --seed 1 --stats "Once upon a time"
@@ -26,6 +29,10 @@ test: $(INSTALLED)
 test-clients: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -c constraints-clients.txt -r tests/clients/requirements.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/clients
+
+# The kernels for GPUs, on the GPU that is here, with PYTHON as it is: torch, triton and pytest must be installed, not puna.
+test-gpu:
+	PYTHON=$(PYTHON) scripts/gpu_run.sh $(GPU_OUT) test
 
 # The kernels' tests under AddressSanitizer and UBSan, the thread pool under ThreadSanitizer.
 sanitize: $(INSTALLED)
@@ -44,6 +51,10 @@ format: $(INSTALLED)
 # Takes half an hour, and means something only where nothing else runs. Writes docs/cpu_peers.md and its plot.
 bench: $(INSTALLED) $(PEERS)/.installed
 	$(BIN)/python benchmarks/cpu_peers.py --peers-python $(PEERS)/bin/python $(BENCH_ARGS)
+
+# Half an hour on an H200, on which nothing else should run. Parts can be run one by one: see scripts/gpu_run.sh.
+bench-gpu:
+	PYTHON=$(PYTHON) scripts/gpu_run.sh $(GPU_OUT) limits offline-short offline-long rest beside trace
 
 # A quarter of an hour, where nothing else runs; BENCH_ARGS are options of benchmarks/server_peers.py.
 bench-server: $(INSTALLED) $(LLAMA_SERVER)

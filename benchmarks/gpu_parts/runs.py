@@ -150,11 +150,10 @@ def offline(
     if setting.is_dry:
         rows = tuple(Row(setting.tokens(r.input_tokens), setting.tokens(r.output_tokens), None, 6) for r in rows[:2])
     longest = max(row.input_tokens + row.output_tokens for row in rows)
-    with engine_of(setting, quantization, longest, setting.at_once, kv) as engine:
+    # All steps are captured before anything is timed; the drain-out goes through the buckets of all sizes.
+    with engine_of(setting, quantization, longest, setting.at_once, kv, capture="eager") as engine:
         weights, blocks = engine.parts.memory.weights, engine.statistics().num_blocks
         block_size = engine.parts.engine_config.block_size
-        warm = prompts_of(setting, min(8, setting.at_once), rows[0].input_tokens, seed=1)
-        run_offline(engine, warm, min(8, rows[0].output_tokens))
         for row in rows:
             if time_left() < 1.5 * seconds and not setting.is_dry:
                 yield {"row": row.name, "skipped": f"{time_left():.0f} s left"}
@@ -162,8 +161,10 @@ def offline(
             fitting = blocks * block_size // (row.input_tokens + row.output_tokens)
             at_once = max(1, min(setting.at_once, fitting, row.requests))
             count = row.requests if setting.is_dry else requests_for(row, seconds, at_once)
-            # Graphs of all buckets that this row goes through are captured before.
-            run_offline(engine, prompts_of(setting, min(count, setting.at_once), 2, seed=2), 4)
+            # Kernels that have not been compiled yet, or not measured against each other.
+            run_offline(
+                engine, prompts_of(setting, min(16, count), row.input_tokens, seed=2), min(8, row.output_tokens)
+            )
             before = engine.statistics().num_preemptions
             found = run_offline(engine, prompts_of(setting, count, row.input_tokens), row.output_tokens)
             floor = offline_floor(
@@ -229,7 +230,7 @@ def deterministic_cost(setting: Setting, quantization: str, seconds: float) -> d
     count = max(2, int(setting.at_once * min(4.0, seconds / 15)))
 
     def rates_of(**more: Any) -> dict[str, float]:
-        with engine_of(setting, quantization, short + new, setting.at_once, **more) as engine:
+        with engine_of(setting, quantization, short + new, setting.at_once, capture="eager", **more) as engine:
             run_offline(engine, prompts_of(setting, min(count, setting.at_once), short, seed=1), min(4, new))
             one = run_batch(engine, prompts_of(setting, 1, short), new)
             many = run_offline(engine, prompts_of(setting, count, short), new)
