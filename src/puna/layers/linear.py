@@ -15,7 +15,7 @@ from puna.layers.embedding import Embedding
 from puna.layers.pieces import Piece, PiecewiseModule, layer_format, op_table, parameter_piece, torch_dtype
 from puna.mapping import Mapping
 from puna.ops.panels import Panels
-from puna.ops.scaled import InputScaling, ScaledRows
+from puna.ops.scaled import InputScaling, ScaledRows, ScaledWeight
 from puna.quantization import Quantized, WeightFormat, row_multiple
 
 
@@ -113,6 +113,12 @@ class _Linear(PiecewiseModule):
         if len(self.parts) > 1 or self.bias is not None:
             return None
         return self.parts[0].format.panels(self._weights(self.parts[0]))
+
+    def matrix(self) -> Tensor | ScaledWeight | None:
+        """The weight in rows, where it is in one format that is, takes no gradients, and there is no bias."""
+        if len(self.parts) > 1 or self.bias is not None:
+            return None
+        return self.parts[0].format.matrix(self._weights(self.parts[0]))
 
     @property
     def input_scaling(self) -> InputScaling | None:

@@ -10,6 +10,7 @@ from puna.distributed import Communicator
 from puna.layers.mlp import FeedForward, GatedMLP
 from puna.layers.pieces import Piece, PiecewiseModule, layer_format, op_table, torch_dtype
 from puna.ops.panels import LANES, Panels
+from puna.ops.scaled import ScaledWeight
 
 
 class Router(PiecewiseModule):
@@ -60,14 +61,15 @@ class MoE(FeedForward):
         self.activation = config.hidden_act
         self.ops = op_table(config, comm)
         self.comm = comm
+        self.dtype = torch_dtype(config.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
         logits = self.router(tokens)
-        panels = self._panels()
-        if panels is not None:
-            gate_up, proj = panels
-            output = self.ops.panel_experts(tokens, logits, gate_up, proj, self.experts_per_token, self.activation)
+        if (panels := self._panels()) is not None:
+            output = self.ops.panel_experts(tokens, logits, *panels, self.experts_per_token, self.activation)
+        elif (matrices := self._matrices()) is not None:
+            output = self.ops.experts(tokens, logits, *matrices, self.experts_per_token, self.activation)
         else:
             output = self._one_by_one(tokens, logits)
         return self.comm.all_reduce(output).view_as(x)
@@ -93,3 +95,12 @@ class MoE(FeedForward):
         if found[0].outputs // 2 % LANES:
             return None
         return found[: len(gate_up)], found[len(gate_up) :]
+
+    def _matrices(self) -> tuple[list[Tensor | ScaledWeight], list[Tensor | ScaledWeight]] | None:
+        """The same of weights in rows: all in FP8 (whose inputs are rounded as they come), or all in the dtype of x."""
+        experts = [expert for expert in self.experts if isinstance(expert, GatedMLP)]
+        sides = [expert.gate_up.matrix() for expert in experts], [expert.proj.matrix() for expert in experts]
+        found = [[weight for weight in side if weight is not None] for side in sides]
+        kinds = {weight.dtype if isinstance(weight, Tensor) else weight.has_blocks for side in found for weight in side}
+        whole = all(len(side) == len(experts) for side in found) and kinds in ({self.dtype}, {True}, {False})
+        return (found[0], found[1]) if whole else None

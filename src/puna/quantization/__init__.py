@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from puna.ops import OpTable
 from puna.ops.panels import PANEL_LAYOUT, PanelFormat, Panels
-from puna.ops.scaled import SCALE_BLOCK, InputScaling, ScaledRows
+from puna.ops.scaled import SCALE_BLOCK, InputScaling, ScaledRows, ScaledWeight
 from puna.quantization.dense import DenseFormat
 from puna.quantization.fp8 import Fp8Format
 from puna.quantization.groups import GroupQuantized
@@ -57,6 +57,10 @@ class WeightFormat(Protocol):
 
     def panels(self, parameters: Mapping[str, Tensor]) -> Panels | None:
         """The weight in panels, or None for a format in another layout."""
+        ...
+
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor | ScaledWeight | None:
+        """The weight in rows, without gradients, or None for a format in another layout."""
         ...
 
     def input_scaling(self, parameters: Mapping[str, Tensor]) -> InputScaling | None:

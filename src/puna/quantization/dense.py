@@ -59,6 +59,9 @@ class DenseFormat:
     def panels(self, parameters: Mapping[str, Tensor]) -> Panels | None:
         return None
 
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self.trainable else parameters["weight"].detach()
+
     def linear(
         self,
         ops: OpTable,

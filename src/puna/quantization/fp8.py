@@ -101,6 +101,9 @@ class Fp8Format:
     def panels(self, parameters: Mapping[str, Tensor]) -> Panels | None:
         return None
 
+    def matrix(self, parameters: Mapping[str, Tensor]) -> ScaledWeight:
+        return self.weight(parameters)
+
     def linear(
         self,
         ops: OpTable,

@@ -49,6 +49,9 @@ class _PanelFormat(ABC):
     def panels(self, parameters: Mapping[str, Tensor]) -> Panels:
         return Panels(parameters["weight"].detach(), self.form, self.outputs, self.inputs)
 
+    def matrix(self, parameters: Mapping[str, Tensor]) -> None:
+        return None
+
     def write(self, parameters: Mapping[str, Tensor], rows: slice, dense: Tensor) -> None:
         step = _rows_at_a_time(self.inputs)
         with self._on_host(parameters, rows) as (panels, first):

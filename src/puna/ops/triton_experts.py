@@ -1,0 +1,285 @@
+"""Mixtral's experts on GPUs: the choice of experts, sorting by expert, two grouped matmuls, and the weighted sum.
+
+Shapes depend on numbers of tokens alone and nothing is read back to the host, so all of it is captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from puna.ops.panels import Panels
+from puna.ops.scaled import InputScaling, ScaledRows, ScaledWeight
+from puna.ops.triton_grouped import Groups, Tile, multiply_down, multiply_gated
+from puna.ops.triton_pointwise import ACTIVATIONS, quantize_rows
+from puna.ops.triton_rounding import rounded
+
+# Experts whose addresses fit a kernel's arguments (4 KB) twice, with those of their scales.
+_MOST_EXPERTS: Final = 128
+# Tokens whose experts one block can choose and sort in registers.
+_FEW_TOKENS: Final = 256
+_CHUNK: Final = 1024
+
+
+@triton.jit
+def _choose(  # type: ignore[no-untyped-def]
+    logits,
+    row,
+    tokens,
+    stride,
+    EXPERTS: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+    TOP: tl.constexpr,
+    TOP_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The weights float32 and experts int32 [ROWS, TOP_BLOCK] of tokens, the best first; of equals the lower index."""
+    expert = tl.arange(0, EXPERTS_BLOCK)
+    inside = (row < tokens)[:, None] & (expert < EXPERTS)[None, :]
+    x = tl.load(logits + row.to(tl.int64)[:, None] * stride + expert[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.where((expert < EXPERTS)[None, :], x, -float("inf"))
+    odds = tl.exp(x - tl.max(x, axis=1)[:, None])
+    left = odds / tl.sum(odds, axis=1)[:, None]
+    place = tl.arange(0, TOP_BLOCK)
+    weights = tl.zeros((ROWS, TOP_BLOCK), dtype=tl.float32)
+    experts = tl.zeros((ROWS, TOP_BLOCK), dtype=tl.int32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    for i in tl.static_range(TOP):
+        # Of NaN any expert is the best, but one that exists.
+        best = tl.minimum(tl.argmax(left, axis=1), EXPERTS - 1)
+        weight = tl.sum(tl.where(expert[None, :] == best[:, None], left, 0.0), axis=1)
+        weights = tl.where((place == i)[None, :], weight[:, None], weights)
+        experts = tl.where((place == i)[None, :], best[:, None], experts)
+        left = tl.where(expert[None, :] == best[:, None], -1.0, left)
+        total += weight
+    return weights / total[:, None], experts
+
+
+@triton.jit
+def route_kernel(
+    logits,
+    weights,
+    indices,
+    order,
+    starts,
+    tokens,
+    stride,
+    EXPERTS: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+    TOP: tl.constexpr,
+    TOP_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SORT: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """The experts of ROWS tokens; with SORT, of all tokens, and each block writes its expert's part of `order`."""
+    program = tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    if not SORT:
+        row += program * ROWS
+    chosen_weights, chosen = _choose(logits, row, tokens, stride, EXPERTS, EXPERTS_BLOCK, TOP, TOP_BLOCK, ROWS)
+    place = tl.arange(0, TOP_BLOCK)
+    pair = row[:, None] * TOP + place[None, :]
+    inside = (row < tokens)[:, None] & (place < TOP)[None, :]
+    # With SORT every block has chosen for all tokens, and one writes it down.
+    written = inside & (program == 0) if SORT else inside
+    tl.store(weights + pair, chosen_weights, mask=written)
+    tl.store(indices + pair, chosen.to(indices.dtype.element_ty), mask=written)
+    if SORT:
+        experts = tl.reshape(tl.where(inside, chosen, EXPERTS), (ROWS * TOP_BLOCK,))
+        start = tl.sum((experts < program).to(tl.int32), axis=0)
+        own = experts == program
+        at = start + tl.cumsum(own.to(tl.int32), axis=0) - 1
+        tl.store(order + at, tl.reshape(pair, (ROWS * TOP_BLOCK,)), mask=own)
+        _store_starts(starts, program, start, tokens * TOP, EXPERTS)
+
+
+@triton.jit
+def _store_starts(starts, expert, start, pairs, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(starts + expert, start)
+    if expert == EXPERTS - 1:
+        tl.store(starts + EXPERTS, pairs)
+
+
+@triton.jit
+def sort_kernel(indices, order, starts, pairs, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block for each expert, which finds its pairs in ascending order."""
+    expert = tl.program_id(0)
+    at = tl.arange(0, CHUNK)
+    before = tl.zeros((CHUNK,), dtype=tl.int32)
+    for first in range(0, pairs, CHUNK):
+        found = tl.load(indices + first + at, mask=first + at < pairs, other=EXPERTS)
+        before += (found < expert).to(tl.int32)
+    start = tl.sum(before, axis=0)
+    _store_starts(starts, expert, start, pairs, EXPERTS)
+    for first in range(0, pairs, CHUNK):
+        found = tl.load(indices + first + at, mask=first + at < pairs, other=EXPERTS)
+        own = (found == expert).to(tl.int32)
+        tl.store(order + start + tl.cumsum(own, axis=0) - 1, first + at, mask=own > 0)
+        start += tl.sum(own, axis=0)
+
+
+@triton.jit
+def weighted_sum_kernel(x, weights, y, SIZE: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y[token] = the sum of x[token, place] * weights[token, place] in the order of places, in float32."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i in tl.static_range(TOP):
+        part = tl.load(x + (token * TOP + i) * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
+        total += part * tl.load(weights + token * TOP + i)
+    tl.store(y + token * SIZE + column, rounded(total, y.dtype.element_ty), mask=column < SIZE)
+
+
+def route_experts(router_logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """reference.route_experts; of equally probable experts the lower index comes first."""
+    weights, indices, _ = _route(router_logits, experts_per_token, torch.int64, sort=False)
+    return weights, indices
+
+
+def experts(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[Tensor | ScaledWeight],
+    proj: Sequence[Tensor | ScaledWeight],
+    experts_per_token: int,
+    activation: str,
+) -> Tensor:
+    """reference.experts; the tile depends on the number of rows."""
+    tiles = _tiles(router_logits, experts_per_token, gate_up[0])
+    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, tiles)
+
+
+def deterministic_experts(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[Tensor | ScaledWeight],
+    proj: Sequence[Tensor | ScaledWeight],
+    experts_per_token: int,
+    activation: str,
+) -> Tensor:
+    """The same in one tile for any number of rows."""
+    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, _DETERMINISTIC)
+
+
+def panel_experts(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[Panels],
+    proj: Sequence[Panels],
+    experts_per_token: int,
+    activation: str,
+) -> Tensor:
+    """reference.panel_experts, the weights' numbers rounded to x's dtype; the tile depends on the number of rows."""
+    tiles = _tiles(router_logits, experts_per_token, gate_up[0])
+    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, tiles)
+
+
+def deterministic_panel_experts(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[Panels],
+    proj: Sequence[Panels],
+    experts_per_token: int,
+    activation: str,
+) -> Tensor:
+    """The same in one tile for any number of rows."""
+    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, _DETERMINISTIC)
+
+
+# The tiles of the gated matmul, which has two sets of sums, and of the one after it. With few rows an expert they read
+# weights at the rate of memory: 16 rows is the least that tensor cores take, and 32 outputs make 896 and 256 blocks for
+# two experts of Mixtral, of which 3 to 6 are at once on a multiprocessor with 48 KB on their way each. From 64 rows on
+# they are Hopper's own instructions; 128 x 256 sums are half of the registers.
+_FEW: Final = (Tile(16, 32, 256, warps=4, stages=4), Tile(16, 32, 256, warps=4, stages=4))
+_SOME: Final = (Tile(64, 64, 128, warps=4, stages=4), Tile(64, 128, 128, warps=4, stages=4))
+_MANY: Final = (Tile(128, 128, 128, warps=8, stages=4), Tile(128, 256, 128, warps=8, stages=4))
+# Where sums are scaled block by block, or weights unpacked in registers, these must hold more than the sums.
+_MANY_MIXED: Final = (Tile(128, 64, 128, warps=8, stages=4), Tile(128, 128, 128, warps=8, stages=4))
+_DETERMINISTIC: Final = _SOME
+
+
+def _tiles(router_logits: Tensor, experts_per_token: int, weight: Tensor | ScaledWeight | Panels) -> tuple[Tile, Tile]:
+    """The tiles whose rows an expert fills, were tokens evenly spread; up to there reading weights takes longer."""
+    tokens, count = router_logits.shape
+    rows = tokens * experts_per_token / count
+    if rows <= 96:
+        return _FEW if rows <= 8 else _SOME
+    mixed = isinstance(weight, Panels) or (isinstance(weight, ScaledWeight) and weight.has_blocks)
+    return _MANY_MIXED if mixed else _MANY
+
+
+def _experts(
+    x: Tensor,
+    router_logits: Tensor,
+    gate_up: Sequence[Tensor | ScaledWeight | Panels],
+    proj: Sequence[Tensor | ScaledWeight | Panels],
+    experts_per_token: int,
+    activation: str,
+    tiles: tuple[Tile, Tile],
+) -> Tensor:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}: use silu, gelu, gelu_pytorch_tanh or relu")
+    if len(gate_up) != router_logits.shape[1] or len(proj) != len(gate_up) or len(gate_up) > _MOST_EXPERTS:
+        raise ValueError(
+            f"{len(gate_up)} and {len(proj)} weights for {router_logits.shape[1]} experts: there must be as many, and "
+            f"at most {_MOST_EXPERTS}"
+        )
+    tokens, size = x.shape
+    if not tokens:
+        return torch.empty_like(x)
+    x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
+    weights, _, groups = _route(router_logits, experts_per_token, torch.int32, sort=True)
+    inner = multiply_gated(_input(x, gate_up[0]), gate_up, groups, tiles[0], activation)
+    in_panels = isinstance(proj[0], Panels)
+    outputs = multiply_down(_input(inner, proj[0]), proj, groups, tiles[1], torch.float32 if in_panels else x.dtype)
+    y = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
+    block = min(1024, triton.next_power_of_2(size))
+    weighted_sum_kernel[(tokens, triton.cdiv(size, block))](
+        outputs, weights, y, SIZE=size, TOP=experts_per_token, BLOCK=block, num_warps=4
+    )
+    return y
+
+
+def _input(x: Tensor, weight: Tensor | ScaledWeight | Panels) -> Tensor | ScaledRows:
+    return quantize_rows(x, InputScaling(blocks=weight.has_blocks)) if isinstance(weight, ScaledWeight) else x
+
+
+def _route(logits: Tensor, top: int, dtype: torch.dtype, sort: bool) -> tuple[Tensor, Tensor, Groups]:
+    """Weights [T, k], experts [T, k] of `dtype`, and with `sort` the pairs by expert."""
+    tokens, experts = logits.shape
+    if not 1 <= top <= experts:
+        raise ValueError(f"experts_per_token is {top}: it must be from 1 to the {experts} experts")
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    weights = torch.empty(tokens, top, dtype=torch.float32, device=logits.device)
+    indices = torch.empty(tokens, top, dtype=dtype, device=logits.device)
+    order = torch.empty(tokens * top, dtype=torch.int32, device=logits.device)
+    starts = torch.empty(experts + 1, dtype=torch.int32, device=logits.device)
+    groups = Groups(order, starts, experts, top)
+    if not tokens:
+        return weights, indices, groups
+    at_once = sort and tokens <= _FEW_TOKENS
+    rows = triton.next_power_of_2(tokens) if at_once else 32
+    route_kernel[(experts if at_once else triton.cdiv(tokens, rows),)](
+        logits,
+        weights,
+        indices,
+        order,
+        starts,
+        tokens,
+        logits.stride(0),
+        EXPERTS=experts,
+        EXPERTS_BLOCK=triton.next_power_of_2(experts),
+        TOP=top,
+        TOP_BLOCK=triton.next_power_of_2(top),
+        ROWS=rows,
+        SORT=at_once,
+        num_warps=4,
+    )
+    if sort and not at_once:
+        sort_kernel[(experts,)](indices, order, starts, tokens * top, EXPERTS=experts, CHUNK=_CHUNK, num_warps=4)
+    return weights, indices, groups
