@@ -409,7 +409,7 @@ def test_memory_is_planned_before_any_weight_is_read(folder: Path, monkeypatch: 
         (plan.weights, "the model does not fit: weights of .* and a workspace of"),
         (tight, "the largest context that fits is 48 tokens"),
     ):
-        monkeypatch.setattr("puna.engine.engine.available_memory", lambda device, free=free: free)
+        monkeypatch.setattr("puna.engine.placement.available_memory", lambda device, free=free: free)
         with pytest.raises(ValueError, match=words):
             LLM(folder, max_model_len=100)
         assert len(read) == 1
