@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from puna.ops import triton_linear, triton_panels
+from puna.ops import triton_dense, triton_linear, triton_panels
 from puna.ops.panels import PanelFormat, Panels
 from puna.ops.triton_linear import TILES
 
@@ -50,3 +50,16 @@ def whole_weights() -> None:
         panels = panels_of(form, 4096, 4096)
         triton_panels.dequantize(panels, 0, 4096, torch.bfloat16)
         triton_panels.panel_embedding(torch.empty(8, dtype=torch.int64), panels, torch.bfloat16)
+
+
+def dense() -> None:
+    """Deterministic mode: qkv and gate/up of an 8B model, the down projection of a 1B model, and float32."""
+    for outputs, inputs, dtype in (
+        (6144, 4096, torch.bfloat16),
+        (28672, 4096, torch.float16),
+        (2048, 8192, torch.bfloat16),
+        (4096, 4096, torch.float32),
+    ):
+        for rows in (1, 512):
+            x, weight = torch.empty(rows, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
+            triton_dense.deterministic_linear(x, weight, None)

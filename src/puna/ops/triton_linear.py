@@ -30,7 +30,8 @@ from puna.ops.triton_rounding import rounded
 class Tile:
     """One program's share: `rows` of x times `panels` of 32 outputs; each warp takes every warps-th block of inputs.
 
-    unroll: blocks that a warp has between two barriers; two and more such runs are on their way in shared memory.
+    unroll: blocks of int4 that a warp has between two barriers, of int8 half as many. Two more such runs are on
+    their way to shared memory.
     """
 
     rows: int
@@ -291,7 +292,7 @@ def launch(
             S=tile.warps,
             R=tile.panels,
             BLOCK_T=tile.rows,
-            UNROLL=tile.unroll,
+            UNROLL=max(1, tile.unroll * 4 // form.bits),
             num_warps=tile.warps,
         )
     return y

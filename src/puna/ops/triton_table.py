@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from puna.ops import OpSpec, triton_attention, triton_fp8, triton_norm, triton_pointwise, triton_prompt, triton_rotary
+from puna.ops import (
+    OpSpec,
+    triton_attention,
+    triton_dense,
+    triton_experts,
+    triton_fp8,
+    triton_linear,
+    triton_norm,
+    triton_panels,
+    triton_pointwise,
+    triton_prompt,
+    triton_rotary,
+)
 from puna.ops.triton_device import capability
 
 
@@ -33,6 +45,10 @@ def _has_fp8(spec: OpSpec) -> str | None:
     return None
 
 
+def _only_deterministic(spec: OpSpec) -> str | None:
+    return None if spec.deterministic else "torch's own (cuBLAS) multiplies plain matrices"
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """A launcher, for a spec the reason why it does not serve it, or None, and the one of the deterministic mode, if
@@ -54,6 +70,12 @@ _KERNELS: Final = MappingProxyType(
         "quantize_rows": _Kernel(triton_pointwise.quantize_rows, _has_fp8),
         "gated_activation": _Kernel(triton_pointwise.gated_activation),
         "gated_activation_scaled": _Kernel(triton_pointwise.gated_activation_scaled, _has_fp8),
+        "linear": _Kernel(triton_dense.deterministic_linear, _only_deterministic),
+        "panel_linear": _Kernel(triton_linear.panel_linear, deterministic=triton_linear.deterministic_panel_linear),
+        "panel_gated_linear": _Kernel(
+            triton_linear.panel_gated_linear, deterministic=triton_linear.deterministic_panel_gated_linear
+        ),
+        "panel_embedding": _Kernel(triton_panels.panel_embedding),
         "scaled_linear": _Kernel(triton_fp8.scaled_linear, _has_fp8, triton_fp8.deterministic_scaled_linear),
         "paged_attention": _Kernel(
             triton_attention.paged_attention, _attends, triton_attention.deterministic_paged_attention
@@ -63,6 +85,11 @@ _KERNELS: Final = MappingProxyType(
         ),
         "rotary": _Kernel(triton_rotary.rotary, _rotates),
         "rotate_and_store": _Kernel(triton_rotary.rotate_and_store, _rotates),
+        "route_experts": _Kernel(triton_experts.route_experts),
+        "experts": _Kernel(triton_experts.experts, deterministic=triton_experts.deterministic_experts),
+        "panel_experts": _Kernel(
+            triton_experts.panel_experts, deterministic=triton_experts.deterministic_panel_experts
+        ),
     }
 )
 
