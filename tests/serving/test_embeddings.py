@@ -236,6 +236,7 @@ def test_a_request_that_meets_a_full_queue_goes_on(
         assert answer.status_code == 200
         assert_same(vectors(answer.json()), llm.embed(TEXTS))
         assert calls[0] == len(TEXTS) + 2
+        server.http.get("/health")  # on the same connection: by now the line before is written
         assert f"prompt_tokens={answer.json()['usage']['prompt_tokens']} " in caplog.text
 
 
