@@ -6,6 +6,7 @@ tokens their N, which may be as few as 16. So a step of one token multiplies lit
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from puna.ops import triton_tuning
 from puna.ops.scaled import SCALE_BLOCK, ScaledRows, ScaledWeight
-from puna.ops.triton_device import multiprocessors
+from puna.ops.triton_device import capability, interprets, multiprocessors
 from puna.ops.triton_rounding import rounded
 
 
@@ -39,9 +40,7 @@ class Tile:
     stages: int = 4
 
 
-# By name, since that is what a file of measurements keeps. Bytes in shared memory: stages * inputs * (outputs + rows) *
-# parts; a multiprocessor has 227 KB, and needs 40 KB of weights on their way to keep its share of the bandwidth
-# (4.8 TB/s x 1.1 us / 132 multiprocessors).
+# By name, since that is what a file of measurements keeps.
 TILES: Final = MappingProxyType(
     {
         "16x16": Tile(16, 16, 256, parts=4, stages=3),
@@ -49,33 +48,45 @@ TILES: Final = MappingProxyType(
         "64x16": Tile(64, 16, 256),
         "32x32": Tile(32, 32, 256, parts=2),
         "64x32": Tile(64, 32, 256),
-        "64x64": Tile(64, 64, 128, stages=5),
+        "32x64": Tile(32, 64, 256, parts=2),
+        "64x64": Tile(64, 64, 256, stages=5),
         "128x64": Tile(128, 64, 128, stages=5),
-        "64x128": Tile(64, 128, 128, stages=4),
-        "128x128": Tile(128, 128, 128, warps=8, stages=4),
+        "64x128": Tile(64, 128, 128, stages=5),
+        "128x128": Tile(128, 128, 128, warps=8),
         "128x256": Tile(128, 256, 128, warps=8, stages=3),
     }
 )
-_LIBRARY: Final = "scaled_mm"
 # Two sets of sums, those of a block and those of all, do not fit the registers of the largest tile.
 BLOCK_TILES: Final = tuple(name for name, tile in TILES.items() if tile.outputs * tile.rows <= 128 * 128)
-# For all numbers of rows alike; half the multiprocessors are enough to read a matrix of 4096 outputs in this shape.
+_LIBRARY: Final = "scaled_mm"
+# For all numbers of rows alike.
 _DETERMINISTIC: Final = "128x64"
-# Rows up to which weights take longer to read than to multiply, and our own kernel is the default.
-_FEW_ROWS: Final = 64
+# Rows beyond which torch's kernel is the default. With fewer its tiles of 128 outputs are too few: 32 for 132
+# multiprocessors where there are 4096 outputs.
+_FEW_ROWS: Final = 128
+# Of the tiles, how many are worth measuring.
+_MEASURED: Final = 4
 # Numbers that the dimensions of torch._scaled_mm must be multiples of: its loads have 16 bytes.
 _ALIGNMENT: Final = 16
+
+# A multiprocessor of Hopper, by clock: bytes that it can load from the L2 cache, and products of FP8 numbers (1,979
+# TFLOP/s / 132 / 1.755 GHz / 2); its shared memory; and the clocks from an asynchronous load to its data where all
+# multiprocessors load (about 1.1 us).
+_BYTES_PER_CLOCK: Final = 64
+_PRODUCTS_PER_CLOCK: Final = 4096
+_SHARED_BYTES: Final = 227 * 1024
+_LATENCY: Final = 1900
 
 
 def scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """reference.scaled_linear; which tile, or torch's own kernel, is a matter of measurement."""
-    rows = x.values.numel() // x.values.shape[-1]
+    device = weight.values.device
+    rows = triton_tuning.bucket(x.values.numel() // x.values.shape[-1])
     outputs, inputs = weight.values.shape
-    default = _default(rows, outputs, weight.has_blocks, multiprocessors(weight.values.device))
-    names = BLOCK_TILES if weight.has_blocks else TILES
-    variants = [name for name in names if _suits(TILES[name], rows)]
-    if rows > _ALIGNMENT and library_can(weight, bias, dtype):
-        variants.append(_LIBRARY)
+    variants = ranked_tiles(rows, outputs, inputs, weight.has_blocks, multiprocessors(device))
+    default = variants[0]
+    if rows > _ALIGNMENT and library_can(weight, bias, dtype) and _has_library(device):
+        variants = (*variants, _LIBRARY)
         default = _LIBRARY if rows > _FEW_ROWS else default
 
     def run(variant: str) -> Tensor:
@@ -83,7 +94,7 @@ def scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtyp
             return library_scaled_linear(x, weight, bias, dtype)
         return launch(x, weight, bias, dtype, TILES[variant])
 
-    shape = (triton_tuning.bucket(rows), outputs, inputs, _kind(x, weight), str(dtype))
+    shape = (rows, outputs, inputs, _kind(x, weight), str(dtype))
     return run(triton_tuning.current().choose("scaled_linear/1", shape, default, variants, run))
 
 
@@ -92,33 +103,42 @@ def deterministic_scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tenso
     return launch(x, weight, bias, dtype, TILES[_DETERMINISTIC])
 
 
-def _default(rows: int, outputs: int, blocks: bool, processors: int) -> str:
-    """The tile where nothing was measured: the largest of which there are enough for all multiprocessors."""
-    if rows <= 16:
-        names = ("64x16", "32x16", "16x16")
-    elif rows <= 32:
-        names = ("64x32", "32x32")
-    elif rows <= 64:
-        names = ("128x64", "64x64")
-    elif blocks or rows <= 256:
-        names = ("128x128", "64x128")
-    else:
-        names = ("128x256", "128x128", "64x128")
-    for name in names:
-        tile = TILES[name]
-        if triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows) >= processors * 3 // 4:
-            return name
-    return names[-1]
+@functools.lru_cache(maxsize=1024)
+def ranked_tiles(rows: int, outputs: int, inputs: int, blocks: bool, processors: int) -> tuple[str, ...]:
+    """The tiles that should be the fastest for a product of this shape, the best one first."""
+    names = BLOCK_TILES if blocks else tuple(TILES)
+    return tuple(sorted(names, key=lambda name: _clocks(TILES[name], rows, outputs, inputs, blocks, processors)))[
+        :_MEASURED
+    ]
 
 
-def _suits(tile: Tile, rows: int) -> bool:
-    """Whether a tile is worth measuring for so many rows."""
-    wanted = min(max(triton.next_power_of_2(rows), 16), 256)
-    return wanted // 2 <= tile.rows <= wanted if wanted > 64 else tile.rows == wanted
+def _clocks(tile: Tile, rows: int, outputs: int, inputs: int, blocks: bool, processors: int) -> float:
+    """How long the busiest multiprocessor has to load its tiles, to multiply them, or to wait for them; the longest of
+    these. The memory's own time is the same for every tile."""
+    step, stages = _pipeline(tile, blocks)
+    tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
+    mine = triton.cdiv(tiles, processors)
+    loads = mine * (tile.outputs + tile.rows) * inputs / _BYTES_PER_CLOCK
+    products = mine * tile.outputs * tile.rows * tile.parts * inputs / _PRODUCTS_PER_CLOCK
+    shared = stages * step * (tile.outputs + tile.rows) * tile.parts
+    waves = triton.cdiv(tiles, processors * max(1, _SHARED_BYTES // shared))
+    steps = triton.cdiv(inputs, step * tile.parts)
+    waits: float = waves * max(steps / (stages - 1), 1) * _LATENCY
+    return max(loads, products, waits)
+
+
+def _pipeline(tile: Tile, blocks: bool) -> tuple[int, int]:
+    """Inputs at a time, and how many times as many are loaded or being loaded; with blocks, one block at a time."""
+    step = SCALE_BLOCK if blocks else tile.inputs
+    return step, tile.stages * (tile.inputs // step)
 
 
 def _kind(x: ScaledRows, weight: ScaledWeight) -> str:
-    return "blocks" if weight.has_blocks else "static" if x.scales.numel() == 1 else "rows"
+    return "blocks" if weight.has_blocks else "static" if x.scales.dim() == 1 else "rows"
+
+
+def _has_library(device: torch.device) -> bool:
+    return not interprets(device) and capability(device) >= (9, 0)
 
 
 def library_can(weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -155,7 +175,7 @@ def launch(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torc
     rows, inputs = values.shape
     outputs = weight.values.shape[0]
     y = torch.empty(rows, outputs, dtype=dtype, device=values.device)
-    step = SCALE_BLOCK if weight.has_blocks else tile.inputs
+    step, stages = _pipeline(tile, weight.has_blocks)
     span = triton.cdiv(triton.cdiv(inputs, tile.parts), step) * step
     scale_blocks = x.scales.shape[-1]
     if rows:
@@ -181,15 +201,15 @@ def launch(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torc
             HAS_BIAS=bias is not None,
             WHOLE_OUTPUTS=outputs % tile.outputs == 0,
             WHOLE_INPUTS=inputs == span * tile.parts,
-            PROMOTE=tile.rows <= _FEW_ROWS,
+            PROMOTE=tile.rows <= 64,  # where weights take longer to read than to multiply
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=stages,
         )
     return y.view(*x.values.shape[:-1], outputs)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _scaled_linear_kernel(
+def _scaled_linear_kernel(  # type: ignore[no-untyped-def]
     y,
     x,
     x_scales,
@@ -277,7 +297,7 @@ def _scaled_linear_kernel(
 
 
 @triton.jit
-def _tile_of_program(num_outputs, num_rows, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
+def _tile_of_program(num_outputs, num_rows, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Programs that run at the same time share weights and rows in the L2 cache: they go through eight tiles of rows
     for each tile of outputs, before they come to the next ones."""
     tiles_n, tiles_t = tl.cdiv(num_outputs, OUTPUTS), tl.cdiv(num_rows, ROWS)
