@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from puna.config import CacheDtype, EngineConfig
+from puna.config import CacheDtype, Capture, EngineConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import BeamSearchOutput, CompletionOutput, RequestDelta, RequestOutput
 from puna.runtime.tracing import ChromeTrace
@@ -49,6 +49,7 @@ class LLM:
     """Loads a model and generates with it; see EngineConfig for the limits. Several threads may use one.
 
     `quantization`: "int8", "int4" or "bf16" rounds the weights while they are read; None takes them as they are.
+    `device`: "cpu", "cuda", "cuda:1" or the like, or "auto", which is a GPU where there is one.
     `profile_dir`: a folder for a timeline of steps and requests, which Perfetto and chrome://tracing show.
 
     Raises ValueError and FileNotFoundError as `puna.load_model` does, and ValueError, before weights are read, where
@@ -72,6 +73,9 @@ class LLM:
         kv_cache_dtype: CacheDtype = "auto",
         threads: int | None = None,
         enforce_eager: bool = False,
+        capture: Capture = "lazy",
+        gpu_memory_utilization: float = 0.9,
+        deterministic: bool = False,
         profile_dir: str | Path | None = None,
     ) -> None:
         limits = EngineConfig(
@@ -85,6 +89,9 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             enforce_eager=enforce_eager,
+            capture=capture,
+            gpu_memory_utilization=gpu_memory_utilization,
+            deterministic=deterministic,
         )
         tracer = None if profile_dir is None else ChromeTrace(profile_dir)
         try:

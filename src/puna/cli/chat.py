@@ -53,7 +53,7 @@ def chat(
 
     opened = OpenedModel.open(model_flags, engine_flags)
     if engine_flags.max_model_len is None:
-        opened = opened.within((opened.kv_cache_memory or DEFAULT_CACHE_BYTES) // (sampling.num_beams or 1))
+        opened = opened.within((opened.limits.kv_cache_memory or DEFAULT_CACHE_BYTES) // (sampling.num_beams or 1))
     if opened.tokenizer.chat_template is None:
         raise ValueError(
             f"{model_flags.model} has no chat template, so it was probably not trained to chat: use `puna generate`, "

@@ -41,6 +41,11 @@ class Quantization(str, enum.Enum):
     fp8 = "fp8"
 
 
+class Capture(str, enum.Enum):
+    lazy = "lazy"
+    eager = "eager"
+
+
 class EarlyStopping(str, enum.Enum):
     true = "true"
     false = "false"
@@ -69,7 +74,12 @@ class ModelFlags:
         Quantization | None,
         typer.Option(help="Format of the weights; as they are stored if not given.", rich_help_panel=_MODEL),
     ] = None
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.", rich_help_panel=_MODEL)] = "cpu"
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where to run: cpu, cuda, cuda:1 ...; auto is a GPU where there is one.", rich_help_panel=_MODEL
+        ),
+    ] = "cpu"
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads; what this process may use if not given.", rich_help_panel=_MODEL),
@@ -95,6 +105,25 @@ class EngineFlags:
     no_prefix_caching: Annotated[
         bool,
         typer.Option("--no-prefix-caching", help="Compute every prompt from its start.", rich_help_panel=_MODEL),
+    ] = False
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="Part of a GPU's memory that may be used.", rich_help_panel=_MODEL),
+    ] = 0.9
+    capture: Annotated[
+        Capture,
+        typer.Option(
+            help="On GPUs, record decode steps when they first come (lazy), or all at the start (eager).",
+            rich_help_panel=_MODEL,
+        ),
+    ] = Capture.lazy
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="On GPUs, the same bits whatever runs beside; costs time. The CPU's kernels always do that.",
+            rich_help_panel=_MODEL,
+        ),
     ] = False
 
 

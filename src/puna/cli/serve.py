@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import os
 import re
@@ -110,7 +111,6 @@ def serve(
         keys = _api_keys(api_key, api_key_file, log)
         from puna.cli.sampling import num_bytes
         from puna.cli.session import OpenedModel
-        from puna.config import EngineConfig
         from puna.engine.engine import Engine
         from puna.runtime.tracing import ChromeTrace
 
@@ -139,13 +139,11 @@ def serve(
             loading.begin("open model")
             opened = OpenedModel.open(model_flags, engine_flags)
             loading.begin("load weights")
-            limits = EngineConfig(
+            limits = dataclasses.replace(
+                opened.limits,
                 max_model_len=opened.context_length,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
-                kv_cache_memory=opened.kv_cache_memory,
-                kv_cache_dtype=opened.kv_cache_dtype,
-                enable_prefix_caching=opened.enable_prefix_caching,
                 max_waiting=max_queue,
                 step_timeout=step_timeout or None,
                 seed=secrets.randbits(62),  # requests without a seed are to differ between runs

@@ -17,7 +17,7 @@ import torch
 from puna.checkpoints import open_checkpoint
 from puna.cli.options import EngineFlags, ModelFlags, SamplingFlags
 from puna.cli.sampling import RequestSettings, num_bytes, request_settings
-from puna.config import CacheDtype, EngineConfig, GenerationConfig, LLaMAConfig
+from puna.config import EngineConfig, GenerationConfig, LLaMAConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import CompletionOutput, PositionLogprobs, RequestDelta, RequestOutput
 from puna.engine.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ from puna.mapping import Mapping
 from puna.models.loading import resolved_config
 from puna.ops import cpu
 from puna.planning.memory_plan import Capacity, longest_context
+from puna.runtime import cuda
 from puna.runtime.machine import peak_memory_bytes, usable_cpus
 
 
@@ -43,9 +44,7 @@ class OpenedModel:
     device: torch.device
     quantization: str | None
     context_length: int
-    kv_cache_memory: int | None
-    kv_cache_dtype: CacheDtype
-    enable_prefix_caching: bool
+    limits: EngineConfig
 
     @classmethod
     def open(cls, flags: ModelFlags, engine_flags: EngineFlags) -> OpenedModel:
@@ -71,9 +70,14 @@ class OpenedModel:
             device=device,
             quantization=quantization,
             context_length=asked or config.context_length,
-            kv_cache_memory=cache,
-            kv_cache_dtype=engine_flags.kv_cache_dtype.value,
-            enable_prefix_caching=not engine_flags.no_prefix_caching,
+            limits=EngineConfig(
+                kv_cache_memory=cache,
+                kv_cache_dtype=engine_flags.kv_cache_dtype.value,
+                enable_prefix_caching=not engine_flags.no_prefix_caching,
+                gpu_memory_utilization=engine_flags.gpu_memory_utilization,
+                capture=engine_flags.capture.value,
+                deterministic=engine_flags.deterministic,
+            ),
         )
 
     @property
@@ -95,7 +99,7 @@ class OpenedModel:
             max_num_seqs=1,
             max_num_batched_tokens=defaults.max_num_batched_tokens,
             block_size=defaults.block_size,
-            kv_cache_dtype=self.kv_cache_dtype,
+            kv_cache_dtype=self.limits.kv_cache_dtype,
         )
         fits = longest_context(self.config, Mapping(), capacity, cache_bytes)
         return dataclasses.replace(self, context_length=max(1, fits))
@@ -105,13 +109,11 @@ class OpenedModel:
         self, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int = 2048
     ) -> Iterator[tuple[Engine, float]]:
         """An engine that holds so many sequences of so many tokens, and the seconds that loading it took."""
-        limits = EngineConfig(
+        limits = dataclasses.replace(
+            self.limits,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_memory=self.kv_cache_memory,
-            kv_cache_dtype=self.kv_cache_dtype,
-            enable_prefix_caching=self.enable_prefix_caching,
             seed=secrets.randbits(62),  # where no --seed is given, every run is to be another one
         )
         start = time.perf_counter()
@@ -329,10 +331,12 @@ def set_threads(threads: int | None) -> None:
 
 
 def usable_device(name: str) -> torch.device:
+    if name == "auto":
+        return cuda.usable_device(name)
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device is {name!r}: use cpu, or the name of an accelerator such as cuda") from error
+        raise ValueError(f"--device is {name!r}: use cpu, auto, or the name of an accelerator such as cuda") from error
     if device.type == "cpu":
         return device
     found = torch.accelerator.current_accelerator(check_available=True)

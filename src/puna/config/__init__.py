@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from puna.config.engine import CacheDtype, EngineConfig
+from puna.config.engine import CacheDtype, Capture, EngineConfig
 from puna.config.families import FAMILIES, Family
 from puna.config.fields import FieldReader, read_json_object
 from puna.config.generation import GenerationConfig
@@ -13,6 +13,7 @@ __all__ = [
     "FAMILIES",
     "Activation",
     "CacheDtype",
+    "Capture",
     "Dtype",
     "EngineConfig",
     "Family",

@@ -43,10 +43,16 @@ def weights_loader(
             )
         if device.type in ("cpu", "cuda"):
             _log.warning("%s: everything runs on the reference ops, many times slower", refusal)
-        return model_loader(checkpoint, config.dtype, comm=comm)
+        return model_loader(checkpoint, config.dtype, comm=comm, deterministic=engine_config.deterministic)
     if device.type == "cpu" and engine_config.kv_cache_dtype == "fp8":
         raise ValueError("kv_cache_dtype is 'fp8', but there are no kernels for FP8 on the CPU: use int8")
-    loader = model_loader(checkpoint, config.dtype, comm=comm, quantization=quantization or "stored")
+    loader = model_loader(
+        checkpoint,
+        config.dtype,
+        comm=comm,
+        quantization=quantization or "stored",
+        deterministic=engine_config.deterministic,
+    )
     if device.type == "cuda":
         _check_gpu(loader, comm, quantization, engine_config)
     return loader

@@ -56,11 +56,15 @@ def model_loader(
     mapping: Mapping | None = None,
     comm: Communicator | None = None,
     quantization: str | None = None,
+    deterministic: bool = False,
 ) -> ModelLoader[LLaMAForCausalLM]:
-    """The first half of `load_model`, with the same arguments and errors: nothing is allocated yet."""
+    """The first half of `load_model`, with the same arguments and errors: nothing is allocated yet.
+
+    `deterministic` is LLaMAConfig's.
+    """
     checkpoint = open_checkpoint(path)
     architecture = read_architecture(checkpoint.config_fields, checkpoint.config_source)
-    return ModelLoader(MODELS[architecture], checkpoint, dtype, device, mapping, comm, quantization)
+    return ModelLoader(MODELS[architecture], checkpoint, dtype, device, mapping, comm, quantization, deterministic)
 
 
 __all__ = ["MODELS", "LLaMAForCausalLM", "load_model", "model_loader"]

@@ -58,9 +58,10 @@ class ModelLoader(Generic[Model]):
         mapping: Mapping | None = None,
         comm: Communicator | None = None,
         quantization: str | None = None,
+        deterministic: bool = False,
     ) -> None:
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-        config = resolved_config(checkpoint, dtype, quantization)
+        config = dataclasses.replace(resolved_config(checkpoint, dtype, quantization), deterministic=deterministic)
         if model_class.architecture != config.architecture:
             raise ValueError(
                 f"{checkpoint.source} is a {config.architecture}, not a {model_class.architecture}: use "
