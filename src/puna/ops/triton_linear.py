@@ -21,7 +21,7 @@ from torch import Tensor
 from puna.ops import reference, triton_tuning
 from puna.ops.panels import BLOCK, LANES, Panels
 from puna.ops.triton_device import multiprocessors
-from puna.ops.triton_panels import centred_codes, computable, dequantize
+from puna.ops.triton_panels import dequantize, panel_sums, tile_rows
 from puna.ops.triton_pointwise import activate, gated_activation
 from puna.ops.triton_rounding import rounded
 
@@ -95,64 +95,29 @@ def panel_kernel(  # type: ignore[no-untyped-def]
     UNROLL: tl.constexpr,
 ):
     """BLOCK_T rows of x times R panels; each of S warps takes every S-th block of inputs."""
-    T1: tl.constexpr = BLOCK_T // 8
-    HEAD: tl.constexpr = 16 * GROUPS * (1 + MINIMUMS)  # words of scales and minimums
-    WORDS: tl.constexpr = HEAD + 32 * BITS
     first = tl.program_id(1) if second > 1 else tl.program_id(1) * R
-    # The order of the axes is what makes triton's choice of who loads what the one that needs no exchange: contiguous
-    # ones last, then the threads of a warp from the first axis on, then the warps.
-    c = tl.arange(0, 4)[:, None, None, None, None]
-    g = tl.arange(0, 8)[None, :, None, None, None]
-    s = tl.arange(0, S)[None, None, :, None, None]
-    r = tl.arange(0, R)[None, None, None, :, None]
-    i = tl.arange(0, 4)[None, None, None, None, :]
-    panel = tl.minimum(first + r * second, panels - 1).to(tl.int64)
-    at = words + (panel * blocks + s) * WORDS
-    heads = at.to(tl.pointer_type(tl.float16)) + (g * 4 + i + 0 * c)
-    if BITS == 4:
-        codes = at + (HEAD + c * 32 + g * 4 + i)
-        block = s
-    else:
-        u = tl.arange(0, 2)[None, None, None, None, :, None]
-        codes = tl.expand_dims(at + (c * 64 + g * 4 + i), 4) + (HEAD + u * 32)
-        block = tl.expand_dims(s, 4)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, 8)[:, None, None, None] + 8 * tl.arange(0, T1)[None, None, :, None]
-    k = tl.arange(0, S)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
-    rows = x + t.to(tl.int64) * x_stride + k
-    total = tl.zeros((S, 32 * R, BLOCK_T), tl.float32)
-    for n in tl.range(0, tl.cdiv(blocks, S), loop_unroll_factor=UNROLL):
-        w = tl.load(codes) if EVEN else tl.load(codes, mask=n * S + block < blocks, other=0)
-        a = centred_codes(w, magic, BITS, DTYPE)
-        for group in tl.static_range(GROUPS):
-            live = t < T
-            if not EVEN:
-                live = live & (n * (32 * S) + k < E)
-            if GROUPS == 2:
-                live = live & (k % 32 // 16 == group)
-            part = tl.load(rows, mask=live, other=0.0)
-            if EVEN:
-                scale = tl.load(heads + group * 32)
-            else:
-                scale = tl.load(heads + group * 32, mask=n * S + s < blocks, other=0.0)
-            scale = _per_output(scale.to(tl.float32), S, R, T1)
-            acc = _dot(a, part, S, T1, DTYPE, PARTS)
-            total += scale * acc
-            if MINIMUMS:
-                if EVEN:
-                    minimum = tl.load(heads + (GROUPS + group) * 32)
-                else:
-                    minimum = tl.load(heads + (GROUPS + group) * 32, mask=n * S + s < blocks, other=0.0)
-                # weight = scale * (code - centre) + (minimum + scale * centre)
-                level = _per_output(minimum.to(tl.float32), S, R, T1) + scale * (1 << (BITS - 1))
-                ones = tl.full((S, 16, 16), 1.0, tl.float32).to(DTYPE)
-                ones = computable(tl.reshape(tl.join(ones, ones), (S, 16, 32)))
-                sums = _dot(ones, part, S, T1, DTYPE, PARTS)  # each row is the sum of x
-                sums = tl.broadcast_to(tl.expand_dims(sums, 1), (S, 2 * R, 16, BLOCK_T))
-                total += level * tl.reshape(sums, (S, 32 * R, BLOCK_T))
-        codes += S * WORDS
-        heads += 2 * S * WORDS
-        rows += 32 * S
-    result = tl.sum(total, 0)  # [32 R, BLOCK_T], in a fixed order
+    # Rows past the last one are computed from it and not stored, which takes no masks.
+    t = tl.minimum(tl.program_id(0) * BLOCK_T + tile_rows(BLOCK_T), T - 1)
+    result = panel_sums(
+        x + t.to(tl.int64) * x_stride,
+        words,
+        E,
+        blocks,
+        first,
+        second,
+        panels,
+        magic,
+        BITS,
+        GROUPS,
+        MINIMUMS,
+        DTYPE,
+        PARTS,
+        EVEN,
+        S,
+        R,
+        BLOCK_T,
+        UNROLL,
+    )
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
     m = tl.arange(0, 32)
     column = (first * 32 + m % 8 * 4 + m // 8)[:, None]
@@ -170,34 +135,6 @@ def panel_kernel(  # type: ignore[no-untyped-def]
         result = activate(gate, ACTIVATION) * up
     inside = (row < T) & (column < N)
     tl.store(y + row.to(tl.int64) * N + column, rounded(result, y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _per_output(values, S: tl.constexpr, R: tl.constexpr, T1: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[4, 8 g, S, R, 4 i], alike along the first axis -> [S, 32 R, 8 T1], laid out as the sums of a dot are."""
-    ordered = tl.permute(values, (2, 3, 4, 1, 0))[:, :, :, :, None, :, None]
-    return tl.reshape(tl.broadcast_to(ordered, (S, R, 4, 8, T1, 4, 2)), (S, 32 * R, 8 * T1))
-
-
-@triton.jit
-def _dot(a, x, S: tl.constexpr, T1: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a [S, M, 32] times x [8, S, T1, 32] -> float32 [S, M, 8 T1]; x in float32 as three parts, with exact products."""
-    if PARTS == 1:
-        return tl.dot(a, _operand(x.to(DTYPE), S, T1))
-    high = rounded(x, DTYPE)
-    rest = x - high.to(tl.float32)
-    middle = rounded(rest, DTYPE)
-    low = rounded(rest - middle.to(tl.float32), DTYPE)
-    acc = tl.dot(a, _operand(low, S, T1))
-    acc = tl.dot(a, _operand(middle, S, T1), acc)
-    return tl.dot(a, _operand(high, S, T1), acc)
-
-
-@triton.jit
-def _operand(x, S: tl.constexpr, T1: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x [8, S, T1, 32] with its inputs in the order of centred_codes -> [S, 32, 8 T1]."""
-    split = tl.reshape(x, (8, S, T1, 4, 2, 2, 2))  # c, j0, e, j1
-    return computable(tl.reshape(tl.permute(split, (1, 6, 3, 4, 5, 2, 0)), (S, 32, 8 * T1)))
 
 
 def panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

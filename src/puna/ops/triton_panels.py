@@ -65,6 +65,124 @@ def centred_codes(words, magic, BITS: tl.constexpr, DTYPE: tl.constexpr):  # typ
 
 
 @triton.jit
+def tile_rows(BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """0 .. BLOCK_T - 1 as [8, 1, BLOCK_T / 8, 1], the order in which panel_sums takes rows."""
+    return tl.arange(0, 8)[:, None, None, None] + 8 * tl.arange(0, BLOCK_T // 8)[None, None, :, None]
+
+
+@triton.jit
+def panel_sums(  # type: ignore[no-untyped-def]
+    rows,  # where rows of x begin, in the order of tile_rows; for rows that there are not, those of any other one
+    words,  # int32, the panels
+    E,
+    blocks,  # of 32 inputs
+    first,  # panel
+    second,  # how many panels after the first one the next one is
+    panels,  # in all
+    magic,  # see centred_codes
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MINIMUMS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """BLOCK_T rows of x times R panels -> float32 [32 R, BLOCK_T]: output m % 8 * 4 + m % 32 // 8 of panel m // 32.
+
+    Each of S warps takes every S-th block of inputs; their sums are added up in a fixed order.
+    """
+    T1: tl.constexpr = BLOCK_T // 8
+    HEAD: tl.constexpr = 16 * GROUPS * (1 + MINIMUMS)  # words of scales and minimums
+    WORDS: tl.constexpr = HEAD + 32 * BITS
+    # The order of the axes is what makes triton's choice of who loads what the one that needs no exchange: contiguous
+    # ones last, then the threads of a warp from the first axis on, then the warps.
+    c = tl.arange(0, 4)[:, None, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None, None]
+    s = tl.arange(0, S)[None, None, :, None, None]
+    r = tl.arange(0, R)[None, None, None, :, None]
+    i = tl.arange(0, 4)[None, None, None, None, :]
+    panel = tl.minimum(first + r * second, panels - 1).to(tl.int64)
+    at = words + (panel * blocks + s) * WORDS
+    heads = at.to(tl.pointer_type(tl.float16)) + (g * 4 + i + 0 * c)
+    if BITS == 4:
+        codes = at + (HEAD + c * 32 + g * 4 + i)
+        block = s
+    else:
+        u = tl.arange(0, 2)[None, None, None, None, :, None]
+        codes = tl.expand_dims(at + (c * 64 + g * 4 + i), 4) + (HEAD + u * 32)
+        block = tl.expand_dims(s, 4)
+    k = tl.arange(0, S)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
+    rows = rows + k
+    total = tl.zeros((S, 32 * R, BLOCK_T), tl.float32)
+    for n in tl.range(0, tl.cdiv(blocks, S), loop_unroll_factor=UNROLL):
+        w = tl.load(codes) if EVEN else tl.load(codes, mask=n * S + block < blocks, other=0)
+        a = centred_codes(w, magic, BITS, DTYPE)
+        for group in tl.static_range(GROUPS):
+            if GROUPS == 2 or not EVEN:
+                live = n * (32 * S) + k < E
+                if GROUPS == 2:
+                    live = live & (k % 32 // 16 == group)
+                part = tl.load(rows, mask=live, other=0.0)
+            else:
+                part = tl.load(rows)
+            if EVEN:
+                scale = tl.load(heads + group * 32)
+            else:
+                scale = tl.load(heads + group * 32, mask=n * S + s < blocks, other=0.0)
+            scale = _per_output(scale.to(tl.float32), S, R, T1)
+            acc = _dot(a, part, S, T1, DTYPE, PARTS)
+            total += scale * acc
+            if MINIMUMS:
+                if EVEN:
+                    minimum = tl.load(heads + (GROUPS + group) * 32)
+                else:
+                    minimum = tl.load(heads + (GROUPS + group) * 32, mask=n * S + s < blocks, other=0.0)
+                # weight = scale * (code - centre) + (minimum + scale * centre)
+                level = _per_output(minimum.to(tl.float32), S, R, T1) + scale * (1 << (BITS - 1))
+                ones = tl.full((S, 16, 16), 1.0, tl.float32).to(DTYPE)
+                ones = computable(tl.reshape(tl.join(ones, ones), (S, 16, 32)))
+                sums = _dot(ones, part, S, T1, DTYPE, PARTS)  # each row is the sum of x
+                sums = tl.broadcast_to(tl.expand_dims(sums, 1), (S, 2 * R, 16, BLOCK_T))
+                total += level * tl.reshape(sums, (S, 32 * R, BLOCK_T))
+        codes += S * WORDS
+        heads += 2 * S * WORDS
+        rows += 32 * S
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _per_output(values, S: tl.constexpr, R: tl.constexpr, T1: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[4, 8 g, S, R, 4 i], alike along the first axis -> [S, 32 R, 8 T1], laid out as the sums of a dot are."""
+    ordered = tl.permute(values, (2, 3, 4, 1, 0))[:, :, :, :, None, :, None]
+    return tl.reshape(tl.broadcast_to(ordered, (S, R, 4, 8, T1, 4, 2)), (S, 32 * R, 8 * T1))
+
+
+@triton.jit
+def _dot(a, x, S: tl.constexpr, T1: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a [S, M, 32] times x [8, S, T1, 32] -> float32 [S, M, 8 T1]; x in float32 as three parts, with exact products."""
+    if PARTS == 1:
+        return tl.dot(a, _operand(x.to(DTYPE), S, T1))
+    high = rounded(x, DTYPE)
+    rest = x - high.to(tl.float32)
+    middle = rounded(rest, DTYPE)
+    low = rounded(rest - middle.to(tl.float32), DTYPE)
+    acc = tl.dot(a, _operand(low, S, T1))
+    acc = tl.dot(a, _operand(middle, S, T1), acc)
+    return tl.dot(a, _operand(high, S, T1), acc)
+
+
+@triton.jit
+def _operand(x, S: tl.constexpr, T1: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [8, S, T1, 32] with its inputs in the order of centred_codes -> [S, 32, 8 T1]."""
+    split = tl.reshape(x, (8, S, T1, 4, 2, 2, 2))  # c, j0, e, j1
+    return computable(tl.reshape(tl.permute(split, (1, 6, 3, 4, 5, 2, 0)), (S, 32, 8 * T1)))
+
+
+@triton.jit
 def rows_kernel(  # type: ignore[no-untyped-def]
     words,
     ids,  # [rows], which outputs; or unused
