@@ -98,7 +98,7 @@ def test_draws_what_the_cpu_draws_and_float64(device: torch.device, case: frozen
 def test_rows_of_all_kinds_in_one_call(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     width = 4500
     given = arguments(5, width, frozenset(["top_k", "top_p", "min_p"]), 2.0, 1)
-    given["temperature"][0] = 0.0
+    given["temperature"][0], given["temperature"][2] = 0.0, 1.0
     given["top_k"][1:3] = torch.tensor([width, 40])
     given["top_p"][1:4] = torch.tensor([1.0, 1.0, 0.5])
     given["min_p"][:] = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.0])
