@@ -31,6 +31,8 @@ STYLES = (
 )
 SIZES = {"hidden_size": 160, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES["head_dim"] = 40
+# That library takes inputs of whole blocks only.
+BLOCKS = {"hidden_size": 256, "intermediate_size": 384}
 
 
 def compressed_tensors(strategy: str, **changes: Any) -> dict[str, Any]:
@@ -152,6 +154,21 @@ def test_logits_are_near_those_of_transformers(style: str, make: Make, rows_layo
     # Inputs are rounded to three bits behind the leading one: 2^-4 at most, a few hundredths all in all.
     error = (got - wanted).norm() / wanted.norm()
     assert 0.001 < error < 0.15
+
+
+@pytest.mark.parametrize("style", ["tensor-static", "channel-dynamic", "block"])
+def test_logits_are_those_of_the_formats_own_library(style: str, make: Make, rows_layout: None) -> None:
+    """Its layers round their inputs as well. It is no dependency of puna's tests: run this where it is installed."""
+    pytest.importorskip("compressed_tensors")
+    folder = make(**{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}, **BLOCKS)
+    quantize(folder, style)
+    tensors = folder.tensors
+    for name in tensors:
+        if name.endswith("input_scale"):  # segments of a fused layer have one in makers' files, as they have one input
+            tensors[name] = torch.full_like(tensors[name], 0.012)
+    folder.write(tensors)
+    wanted, got = folder.reference_logits(), folder.logits(quantization="stored")
+    assert (got - wanted).norm() / wanted.norm() < 1e-5
 
 
 def test_fused_segments_have_the_largest_scale_of_their_inputs(make: Make, rows_layout: None) -> None:
