@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+
+from puna.ops import reference
 
 pytest.importorskip("triton")
 
-from puna.ops import triton_attention
+from puna.ops import triton_attention, triton_prompt, triton_rotary
 
 FP8 = torch.float8_e4m3fn
 
@@ -98,14 +103,258 @@ def error(result: Tensor, expected: Tensor) -> float:
     return float((result.cpu().double() - expected).norm() / expected.norm())
 
 
-def check(case: Case, device: torch.device, bound: float) -> None:
-    inputs = case.made(device)
+def check(case: Case, device: torch.device, bound: float, seed: int = 0) -> None:
+    inputs = case.made(device, seed)
     for op in (triton_attention.paged_attention, triton_attention.deterministic_paged_attention):
         result = op(*inputs, case.size**-0.5, case.window)
         assert result.dtype == case.dtype
         assert error(result, case.expected(*inputs)) < bound
 
 
+@pytest.mark.parametrize("cache", [torch.float32, FP8, torch.int8])
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
-def test_sizes_of_heads(size: int, device: torch.device) -> None:
-    check(Case([(19, 1), (33, 9)], size=size), device, 1e-5)
+def test_sizes_of_heads(size: int, cache: torch.dtype, device: torch.device) -> None:
+    check(Case([(19, 1), (33, 9)], size=size, cache=cache), device, 1e-5)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_heads_of_a_group(group: int, device: torch.device) -> None:
+    check(Case([(70, 1), (7, 7), (40, 21), (1, 1)], heads=2 * group, kv_heads=2), device, 1e-5)
+
+
+def test_more_heads_in_a_group_than_the_smallest_tile_has_rows(device: torch.device) -> None:
+    check(Case([(19, 1), (9, 2)], heads=20), device, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache", "bound"),
+    [
+        (torch.bfloat16, torch.bfloat16, 6e-3),
+        (torch.float16, torch.float16, 1e-3),
+        (torch.float16, torch.bfloat16, 1e-3),
+        (torch.bfloat16, FP8, 4e-3),
+        (torch.float16, FP8, 1e-3),
+        (torch.bfloat16, torch.int8, 4e-3),
+        (torch.float16, torch.int8, 1e-3),
+        (torch.float32, torch.bfloat16, 1e-5),
+    ],
+)
+def test_types_of_caches(dtype: torch.dtype, cache: torch.dtype, bound: float, device: torch.device) -> None:
+    check(Case([(75, 1), (40, 35), (3, 2)], dtype=dtype, cache=cache), device, bound)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32, 64, 128, 48])
+def test_sizes_of_blocks(block_size: int, device: torch.device) -> None:
+    check(Case([(70, 1), (33, 9)], block_size=block_size), device, 1e-5)
+    check(Case([(70, 1), (33, 9)], block_size=block_size, cache=torch.int8), device, 1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 65, 1000])
+@pytest.mark.parametrize("cache", [torch.float32, torch.int8])
+def test_windows(window: int, cache: torch.dtype, device: torch.device) -> None:
+    check(Case([(150, 1), (140, 40), (20, 20)], window=window, cache=cache), device, 1e-5)
+
+
+def test_what_a_window_has_left_behind_does_not_matter(device: torch.device) -> None:
+    case = Case([(150, 1), (170, 40)], window=10)
+    query, keys, values, tables, *rest = case.made(device)
+    expected = case.expected(query, keys, values, tables, *rest)
+    tables[0, :8] = tables[1, :7] = 0  # the block of NaN
+    result = triton_attention.paged_attention(query, keys, values, tables, *rest, 0.125, 10)
+    assert error(result, expected) < 1e-5
+
+
+def test_lengths_at_the_borders_of_blocks_and_tiles(device: torch.device) -> None:
+    check(Case([(length, 1) for length in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128)]), device, 1e-5)
+    check(Case([(length, 2) for length in (2, 16, 17, 32, 33, 64, 65)] + [(64, 32), (33, 33)]), device, 1e-5)
+
+
+@pytest.mark.parametrize("cache", [torch.float32, FP8, torch.int8])
+@pytest.mark.parametrize("window", [None, 300])
+def test_keys_are_split(cache: torch.dtype, window: int | None, device: torch.device) -> None:
+    """Room for many tokens gives splits, of which some have no keys."""
+    for sequences in ([(700, 1)], [(700, 3), (1, 1)], [(300, 20), (40, 1)]):
+        check(Case(sequences, cache=cache, window=window, spare_blocks=120), device, 1e-5)
+
+
+def test_padding_rows_change_nothing(device: torch.device) -> None:
+    """Rows of one token in a dummy block of zeros, as a recorded step has."""
+    case = Case([(40, 1), (19, 1), (64, 1)])
+    query, keys, values, tables, starts, lengths = case.made(device)
+    keys[0] = values[0] = 0
+    query = torch.cat((query, query))
+    tables = torch.cat((tables, torch.zeros_like(tables)))
+    starts = torch.arange(7, dtype=torch.int32, device=device)
+    lengths = torch.cat((lengths, torch.ones_like(lengths)))
+    result = triton_attention.paged_attention(query, keys, values, tables, starts, lengths, 0.125, None)
+    assert error(result[:3], case.expected(query[:3], keys, values, tables[:3], starts[:4], lengths[:3])) < 1e-5
+    assert not result[3:].any()
+
+
+def test_query_may_be_part_of_wider_rows(device: torch.device) -> None:
+    case = Case([(40, 1), (19, 7)])
+    query, *rest = case.made(device)
+    wide = torch.full((query.shape[0], query.shape[1] + 3, query.shape[2]), float("nan"), device=device)
+    wide[:, 1 : query.shape[1] + 1] = query
+    result = triton_attention.paged_attention(wide[:, 1 : query.shape[1] + 1], *rest, 0.125, None)
+    assert error(result, case.expected(query, *rest)) < 1e-5
+
+
+def test_more_sequences_than_are_looked_at_together(device: torch.device) -> None:
+    case = Case([(3, 1)] * 258 + [(20, 15)], heads=1, size=16, spare_blocks=0)
+    inputs = case.made(device)
+    result = triton_attention.deterministic_paged_attention(*inputs, case.size**-0.5, None)
+    assert error(result, case.expected(*inputs)) < 1e-5
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shapes(data: st.DataObject, device: torch.device) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
+    case = Case(
+        [(length, data.draw(st.integers(1, length))) for length in lengths],
+        heads=2 * data.draw(st.integers(1, 5)),
+        kv_heads=data.draw(st.sampled_from([1, 2])),
+        size=data.draw(st.sampled_from([16, 48, 64])),
+        block_size=data.draw(st.sampled_from([8, 16, 64])),
+        cache=data.draw(st.sampled_from([torch.float32, FP8, torch.int8])),
+        window=data.draw(st.one_of(st.none(), st.integers(1, 100))),
+        spare_blocks=data.draw(st.sampled_from([0, 1, 90])),
+    )
+    check(case, device, 1e-5, seed=data.draw(st.integers(0, 9)))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8)
+
+
+@pytest.mark.parametrize("cache", [torch.bfloat16, FP8, torch.int8])
+@pytest.mark.parametrize("window", [None, 37])
+def test_deterministic_bits_do_not_depend_on_chunks_or_neighbours(
+    cache: torch.dtype, window: int | None, device: torch.device
+) -> None:
+    case = Case([(80, 80), (67, 30), (5, 1)], dtype=torch.bfloat16, cache=cache, window=window)
+    query, keys, values, tables, _, _ = case.made(device)
+    op = triton_attention.deterministic_paged_attention
+
+    def attend(rows: Tensor, table: Tensor, starts: list[int], lengths: list[int]) -> Tensor:
+        numbers = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths)]
+        return op(rows, keys, values, table, *numbers, 0.125, window)
+
+    whole = attend(query, tables, [0, 80, 110, 111], [80, 67, 5])
+    one = tables[:1].contiguous()
+    # As a prompt of its own, with room for many more tokens, in two chunks, and token by token.
+    assert torch.equal(bits(attend(query[:80], one, [0, 80], [80])), bits(whole[:80]))
+    roomy = torch.nn.functional.pad(one, (0, 300))
+    assert torch.equal(bits(attend(query[:80], roomy, [0, 80], [80])), bits(whole[:80]))
+    for first, last in ((0, 43), (43, 80)):
+        assert torch.equal(bits(attend(query[first:last], one, [0, last - first], [last])), bits(whole[first:last]))
+    for token in (0, 36, 37, 63, 64, 79):
+        row = slice(token, token + 1)
+        assert torch.equal(bits(attend(query[row], one, [0, 1], [token + 1])), bits(whole[row]))
+    decode = attend(query[[79, 109, 110]], tables, [0, 1, 2, 3], [80, 67, 5])
+    assert torch.equal(bits(decode), bits(whole[[79, 109, 110]]))
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.int8])
+def test_deterministic_bits_do_not_depend_on_who_adds_up_the_splits(cache: torch.dtype, device: torch.device) -> None:
+    """Alone, a sequence of this length is attended to by several programs; among others, by one."""
+    case = Case([(2300, 2)], heads=2, size=32, cache=cache)
+    query, keys, values, table, starts, lengths = case.made(device)
+    op = triton_attention.deterministic_paged_attention
+    alone = op(query, keys, values, table, starts, lengths, 0.2, None)
+    assert error(alone, case.expected(query * (0.2 / 32**-0.5), keys, values, table, starts, lengths)) < 1e-5
+    others = 300
+    together = op(
+        torch.cat((query, query[:1].expand(others, -1, -1))),
+        keys,
+        values,
+        torch.cat((table, table.expand(others, -1))),
+        torch.tensor([0, *range(2, others + 3)], dtype=torch.int32, device=device),
+        torch.cat((lengths, torch.ones(others, dtype=torch.int32, device=device))),
+        0.2,
+        None,
+    )
+    assert torch.equal(bits(together[:2]), bits(alone))
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, FP8, torch.int8])
+def test_reads_what_rotate_and_store_writes(cache: torch.dtype, device: torch.device) -> None:
+    random = torch.Generator().manual_seed(3)
+    tokens, kv_heads, size, block_size = 37, 2, 64, 16
+    query = torch.randn((tokens, 4, size), generator=random).to(device)
+    key, value = (torch.randn((tokens, kv_heads, size), generator=random).to(device) for _ in range(2))
+    angles = torch.rand((tokens, size // 2), generator=random).to(device)
+    width = size + 4 if cache == torch.int8 else size
+    caches = [torch.zeros((5, kv_heads, block_size, width), device=device).to(cache) for _ in range(2)]
+    table = torch.tensor([[4, 1, 3]], dtype=torch.int32, device=device)
+    positions = torch.arange(tokens, device=device)
+    slots = table[0, positions // block_size].long() * block_size + positions % block_size
+    rotated, rotated_key = triton_rotary.rotate_and_store(
+        query.clone(), key.clone(), value, (angles.cos(), angles.sin()), *caches, slots
+    )
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    result = triton_attention.paged_attention(rotated, *caches, table, starts, starts[1:], 0.125, None)
+    exact = reference.prompt_attention(rotated.cpu(), rotated_key.cpu(), value.cpu(), [tokens], 0.125, None)
+    bound = {torch.float32: 1e-5, torch.bfloat16: 4e-3, FP8: 0.04, torch.int8: 0.01}[cache]
+    assert error(result, exact.double()) < bound
+
+
+@pytest.mark.parametrize("window", [None, 30, 200])
+def test_prompts_without_the_cache(window: int | None, device: torch.device) -> None:
+    random = torch.Generator().manual_seed(4)
+    lengths, size = (40, 1, 7, 7, 90), 64
+    packed = torch.randn((sum(lengths), 8, size), generator=random).to(device)
+    query, key, value = packed.split((4, 2, 2), dim=1)
+    exact = reference.prompt_attention(query.cpu(), key.cpu(), value.cpu(), lengths, 0.125, window).double()
+    for op in (triton_prompt.prompt_attention, triton_prompt.deterministic_prompt_attention):
+        assert error(op(query, key, value, lengths, 0.125, window), exact) < 1e-5
+    if window is None:
+        assert error(triton_prompt.run_variant("library", query, key, value, lengths, 0.125, None), exact) < 1e-5
+        low = [part.to(torch.bfloat16) for part in (query, key, value)]
+        for variant in triton_prompt.variants(low[0], lengths, None):
+            assert error(triton_prompt.run_variant(variant, *low, lengths, 0.125, None), exact) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_prompts_have_the_bits_of_the_cache(dtype: torch.dtype, device: torch.device) -> None:
+    case = Case([(70, 70)], dtype=dtype, cache=dtype)
+    query, keys, values, table, *rest = case.made(device)
+    key, value = (cache[table[0].long()].transpose(1, 2).flatten(0, 1)[:70] for cache in (keys, values))
+    through = triton_attention.deterministic_paged_attention(query, keys, values, table, *rest, 0.125, None)
+    beside = triton_prompt.deterministic_prompt_attention(query, key, value, [70], 0.125, None)
+    assert torch.equal(bits(through), bits(beside))
+
+
+def test_caches_that_do_not_fit_are_refused(device: torch.device) -> None:
+    query, keys, values, *rest = Case([(9, 1)], cache=torch.int8).made(device)
+    with pytest.raises(ValueError, match="rows of 68 bytes: heads of 32 need 36"):
+        triton_attention.paged_attention(query[..., :32], keys, values, *rest, 0.125, None)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        triton_attention.paged_attention(query, keys[:, :, ::2], values[:, :, ::2], *rest, 0.125, None)
+    with pytest.raises(ValueError, match="rows of 68 numbers: heads have 64"):
+        triton_attention.paged_attention(query, keys.half(), values.half(), *rest, 0.125, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "blocks_of_few"), [("decode_one", 3), ("decode_many", 3), ("prefill", 1), ("deterministic", 1)]
+)
+def test_compiled_for_hopper(
+    case: str, blocks_of_few: int, compiled_for_hopper: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    """No spills, tensor cores as meant, and as many programs on a multiprocessor as keep its memory busy."""
+    found = [kernel for kernel in compiled_for_hopper(f"attention_cases.{case}") if "attention" in kernel["kernel"]]
+    assert len(found) >= 3
+    for kernel in found:
+        assert kernel["stack"] == 0
+        assert kernel["LDGSTS"] >= 8
+        warps = 4 if "HMMA" in kernel else 8
+        assert kernel.get("HMMA", 0) + kernel.get("HGMMA", 0) >= 12
+        by_registers = 65536 // (32 * warps * -(-kernel["registers"] // 8) * 8)
+        by_shared = 233_472 // (kernel["shared"] + 1024)
+        assert min(by_registers, by_shared) >= (blocks_of_few if warps == 4 else 1)
+    if case == "prefill":
+        assert sum("HGMMA" in kernel for kernel in found) == 3
+    if case == "deterministic":
+        assert all("HGMMA" in kernel for kernel in found)

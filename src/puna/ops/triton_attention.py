@@ -118,7 +118,8 @@ def few_cut(group: int, head_size: int, itemsize: int) -> Cut:
     next stages - 2 are on their way: in bfloat16 32 KB for each of 3 programs that fit, in FP8 32 KB for each of 4.
     """
     rows = max(16, triton.next_power_of_2(group))
-    return Cut(rows, 64 if head_size * itemsize <= 256 else 32, 4, 3 if itemsize > 1 else 4)
+    keys = 64 if head_size * itemsize <= 256 else 32 if head_size * itemsize <= 512 else 16
+    return Cut(rows, keys, 4, 3 if itemsize > 1 else 4)
 
 
 def many_cut(group: int, head_size: int, itemsize: int) -> Cut:
@@ -197,12 +198,14 @@ def _itemsize(query: Tensor, keys: Tensor) -> int:
 def _fixed_launch(query: Tensor, source: Source, sequences: int) -> Launch:
     group = query.shape[1] // source.kv_heads
     cut = fixed_cut(group, query.shape[2], source.itemsize)
+    if query.shape[0] == sequences:
+        return Launch(cut, sequences, each_sequence=True)
     return Launch(cut, _tiles(query.shape[0], sequences, cut.rows // group))
 
 
 def _tiles(tokens: int, sequences: int, tokens_of_tile: int) -> int:
-    """No fewer than all sequences have tiles, which shapes alone can tell."""
-    return sequences if tokens == sequences else tokens // tokens_of_tile + sequences
+    """As many as any lengths need that the shapes allow, and as triton_attention_kernel counts them."""
+    return tokens // tokens_of_tile + sequences
 
 
 def _most_splits(query: Tensor) -> int:

@@ -95,6 +95,13 @@ def _tile(base, rows, d, present, SIZE: tl.constexpr, MASKED: tl.constexpr):  # 
 
 
 @triton.jit
+def _dot(a, b, sums, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    if INTERPRETED:  # it would take bfloat16's bits for integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
 def _merge(highest, total, sums, odd_sums, highest2, total2, sums2, odd_sums2):  # type: ignore[no-untyped-def]
     """The sums over two sets of keys together. Spelled out to the rounding, since two kernels must agree on it."""
     top = tl.maximum(highest, highest2)
@@ -163,10 +170,10 @@ def _attend(  # type: ignore[no-untyped-def]
         key = _tile(keys, rows, d, present, SIZE, MASKED and BLOCK == 0)
         if PAIRED:
             even, odd = _unpacked(key, KIND, query.dtype)
-            scores = tl.dot(query, tl.trans(even), input_precision=PRECISION)
-            scores = tl.dot(odd_query, tl.trans(odd), scores, input_precision=PRECISION)
+            scores = _dot(query, tl.trans(even), None, PRECISION)
+            scores = _dot(odd_query, tl.trans(odd), scores, PRECISION)
         else:
-            scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
+            scores = _dot(query, tl.trans(key.to(query.dtype)), None, PRECISION)
         if KIND == "int8":
             at = blocks * scale_stride + offsets
             scores = scores * tl.load(key_scales + at)[None, :]
@@ -192,10 +199,10 @@ def _attend(  # type: ignore[no-untyped-def]
         if PAIRED:
             odd_sums = odd_sums * shrink[:, None]
             even, odd = _unpacked(value, KIND, query.dtype)
-            sums = tl.dot(weights, even, sums, input_precision=PRECISION)
-            odd_sums = tl.dot(weights, odd, odd_sums, input_precision=PRECISION)
+            sums = _dot(weights, even, sums, PRECISION)
+            odd_sums = _dot(weights, odd, odd_sums, PRECISION)
         else:
-            sums = tl.dot(weights, value.to(query.dtype), sums, input_precision=PRECISION)
+            sums = _dot(weights, value.to(query.dtype), sums, PRECISION)
         highest = top
     return highest, total, sums, odd_sums
 
@@ -397,7 +404,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
         sums = tl.zeros([1, D_PADDED], tl.float32)
         none = tl.zeros([1, 1], tl.float32)
         for split in range(SPLITS):
-            at = split.to(tl.int64) * tokens * HEADS + first + tl.arange(0, 1)
+            at = first + split * tokens * HEADS + tl.arange(0, 1)
             highest2, total2 = tl.load(partial_highest + at), tl.load(partial_totals + at)
             mask = (d < D)[None, :] & (total2 > 0.0)[:, None]
             sums2 = tl.load(partial_sums + at[:, None] * D + d[None, :], mask=mask, other=0.0)
