@@ -161,7 +161,8 @@ def offline(
             if time_left() < 1.5 * seconds and not setting.is_dry:
                 yield {"row": row.name, "skipped": f"{time_left():.0f} s left"}
                 continue
-            fitting = blocks * block_size // (row.input_tokens + row.output_tokens)
+            # Once requests end and begin all the time, they are half done on average.
+            fitting = blocks * block_size // (row.input_tokens + row.output_tokens // 2)
             at_once = max(1, min(setting.at_once, fitting, row.requests))
             count = row.requests if setting.is_dry else requests_for(row, seconds, at_once)
             # Kernels that have not been compiled yet, or not measured against each other.
