@@ -6,20 +6,16 @@ import json
 import queue
 import random
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import puna.layers.pieces
-import puna.ops
 from fake_accelerator import FakeAccelerator
 from puna.config import EngineConfig
 from puna.engine.engine import Engine
 from puna.engine.outputs import RequestDelta
 from puna.llm import LLM
-from puna.ops import ReferenceBackend, TritonBackend
 from puna.runtime.tracing import ChromeTrace
 from puna.scheduling.sampling_params import SamplingParams
 
@@ -171,28 +167,3 @@ def test_the_cache_takes_what_is_measured_to_be_left(folder: Path, accelerator: 
     accelerator.used = accelerator.total * 9 // 10
     with pytest.raises(ValueError, match="does not fit: weights of"):
         memory(gpu_memory_utilization=0.9)
-
-
-@pytest.fixture
-def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU's kernels in triton's interpreter, with weights as GPUs have them."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(puna.ops, "backends_for", lambda device: (TritonBackend(), ReferenceBackend()))
-    monkeypatch.setattr(puna.layers.pieces, "dense_layout", lambda device: "rows")
-
-
-@pytest.mark.slow
-def test_the_gpus_kernels_give_the_tokens_of_the_dense_path(
-    folder: Path, dense: Any, accelerator: FakeAccelerator, through_triton: None, make_folder: Callable[..., Path]
-) -> None:
-    import torch
-
-    prompts = [[5, 6, 7, 8, 9], [30], [41, 42, 43]]
-    with LLM(folder, max_num_seqs=4, max_model_len=48, max_num_batched_tokens=16) as llm:
-        found = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
-        )
-    for prompt, output in zip(prompts, found, strict=True):
-        expected = dense.generate(torch.tensor([prompt]), max_new_tokens=6, eos_token_id=[])
-        assert output.outputs[0].token_ids == expected[0, len(prompt) :].tolist()
