@@ -89,7 +89,7 @@ def test_numbers_of_rows_and_tails(rows: int, outputs: int, inputs: int, device:
 @pytest.mark.parametrize("form", [PLAIN, PanelFormat(bits=8, group_size=16, minimums=True)], ids=name_of)
 def test_every_tile(tile: str, form: PanelFormat, device: torch.device) -> None:
     shape = TILES[tile]
-    panels = random_panels(form, 96, 32 * 2 * shape.warps + 40, device)
+    panels = random_panels(form, 32 * shape.panels + 40, 32 * 2 * shape.runs + 40, device)
     x = numbers(shape.rows + 1, panels.inputs, dtype=torch.bfloat16, device=device)
     assert_close(triton_linear.launch(x, panels, None, torch.bfloat16, shape), x, panels)
 
@@ -104,6 +104,18 @@ def test_gated(activation: str, outputs: int, rows: int, device: torch.device) -
     found = triton_linear.panel_gated_linear(x, panels, bias, activation)
     expected = reference.panel_gated_linear(x.cpu(), on_cpu(panels), bias.cpu(), activation)
     assert found.shape == (rows, outputs // 2)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0.008, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [name for name, tile in TILES.items() if tile.stacked == 2])
+@pytest.mark.parametrize("outputs", [64, 192])
+def test_gated_in_every_tile(tile: str, outputs: int, device: torch.device) -> None:
+    """With numbers of panels that are no multiples of a tile's."""
+    panels = random_panels(PanelFormat(bits=8), outputs, 72, device)
+    x = numbers(TILES[tile].rows + 1, 72, dtype=torch.bfloat16, device=device)
+    bias = numbers(outputs, dtype=torch.bfloat16, device=device, seed=3)
+    found = triton_linear.launch(x, panels, bias, torch.bfloat16, TILES[tile], "silu")
+    expected = reference.panel_gated_linear(x.cpu(), on_cpu(panels), bias.cpu(), "silu")
     torch.testing.assert_close(found.cpu(), expected, rtol=0.008, atol=1e-4)
 
 

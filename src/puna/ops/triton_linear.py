@@ -7,7 +7,7 @@ multiplied by torch (cuBLAS). docs/gpu.md has the counts behind the choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -28,38 +28,69 @@ from puna.ops.triton_rounding import rounded
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share: `rows` of x times `panels` of 32 outputs; each warp takes every warps-th block of inputs.
+    """One program's share: `rows` of x times `beside` x `stacked` panels of 32 outputs, the inputs in `runs`.
 
-    unroll: blocks of int4 that a warp has between two barriers, of int8 half as many. Two more such runs are on
-    their way to shared memory.
+    Each of beside x runs warps multiplies `stacked` panels and every runs-th block of inputs; the warps of one run
+    share what they read of x. unroll: blocks of int4 that a warp has between two barriers, of int8 half as many; two
+    more such steps are on their way to shared memory.
     """
 
     rows: int
-    panels: int
-    warps: int
+    stacked: int
+    runs: int
     unroll: int
+    beside: int = 1
+
+    @property
+    def panels(self) -> int:
+        return self.beside * self.stacked
+
+    @property
+    def warps(self) -> int:
+        return self.beside * self.runs
 
 
-# By name, since that is what a file of measurements keeps: rows x outputs, warps.
+# By name, rows x outputs / runs, since that is what a file of measurements keeps. Pairs are what gated layers need.
 TILES: Final = MappingProxyType(
     {
-        "8x32 4": Tile(8, 1, 4, 4),
-        "8x32 8": Tile(8, 1, 8, 4),
-        "8x32 16": Tile(8, 1, 16, 2),
-        "8x64 4": Tile(8, 2, 4, 4),
-        "8x64 8": Tile(8, 2, 8, 2),
-        "16x32 8": Tile(16, 1, 8, 2),
-        "16x32 16": Tile(16, 1, 16, 2),
-        "16x64 8": Tile(16, 2, 8, 1),
-        "32x32 8": Tile(32, 1, 8, 1),
-        "32x64 4": Tile(32, 2, 4, 1),
-        "64x32 4": Tile(64, 1, 4, 1),
-        "64x32 8": Tile(64, 1, 8, 1),
+        "8x32/8": Tile(8, 1, 8, 4),
+        "8x32/16": Tile(8, 1, 16, 2),
+        "8x64/8 pairs": Tile(8, 2, 8, 2),
+        "8x128/4 pairs": Tile(8, 2, 4, 2, beside=2),
+        "16x32/8": Tile(16, 1, 8, 2),
+        "16x32/16": Tile(16, 1, 16, 2),
+        "16x64/4": Tile(16, 1, 4, 2, beside=2),
+        "16x64/8 pairs": Tile(16, 2, 8, 1),
+        "16x128/4 pairs": Tile(16, 2, 4, 1, beside=2),
+        "32x64/4": Tile(32, 1, 4, 2, beside=2),
+        "32x128/2": Tile(32, 1, 2, 2, beside=4),
+        "32x128/2 pairs": Tile(32, 2, 2, 1, beside=2),
+        "32x256/1 pairs": Tile(32, 2, 1, 1, beside=4),
+        "64x64/4": Tile(64, 1, 4, 1, beside=2),
+        "64x128/2": Tile(64, 1, 2, 1, beside=4),
+        "64x256/1": Tile(64, 1, 1, 1, beside=8),
     }
 )
 # For all numbers of rows alike, in deterministic mode, and the one of gated layers.
-_DETERMINISTIC: Final = "16x32 8"
-_DETERMINISTIC_GATED: Final = "16x64 8"
+_DETERMINISTIC: Final = "16x32/8"
+_DETERMINISTIC_GATED: Final = "16x64/8 pairs"
+# Where nothing was measured: the first of which there are enough for the multiprocessors, else the last.
+_DEFAULTS: Final = MappingProxyType(
+    {
+        8: ("8x64/8 pairs", "8x32/16"),
+        16: ("16x128/4 pairs", "16x64/4", "16x32/16"),
+        32: ("32x128/2", "32x64/4"),
+        64: ("64x128/2", "64x64/4", "32x64/4"),
+    }
+)
+_GATED_DEFAULTS: Final = MappingProxyType(
+    {
+        8: ("8x64/8 pairs",),
+        16: ("16x128/4 pairs", "16x64/8 pairs"),
+        32: ("32x128/2 pairs",),
+        64: ("32x128/2 pairs",),
+    }
+)
 _LIBRARY: Final = "library"
 # Rows from which on it takes less time to write the weight out and have cuBLAS multiply it (docs/gpu.md).
 _MANY_ROWS: Final = 256
@@ -90,12 +121,13 @@ def panel_kernel(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
     S: tl.constexpr,
+    P: tl.constexpr,
     R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """BLOCK_T rows of x times R panels; each of S warps takes every S-th block of inputs."""
-    first = tl.program_id(1) if second > 1 else tl.program_id(1) * R
+    """BLOCK_T rows of x times P R panels: see panel_sums. A gated layer's are R = 2 runs of P panels, gates and ups."""
+    first = tl.program_id(1) * (P if ACTIVATION != "" else P * R)
     # Rows past the last one are computed from it and not stored, which takes no masks.
     t = tl.minimum(tl.program_id(0) * BLOCK_T + tile_rows(BLOCK_T), T - 1)
     result = panel_sums(
@@ -117,21 +149,24 @@ def panel_kernel(  # type: ignore[no-untyped-def]
         R,
         BLOCK_T,
         UNROLL,
+        P,
     )
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[None, :]
-    m = tl.arange(0, 32)
-    column = (first * 32 + m % 8 * 4 + m // 8)[:, None]
     if ACTIVATION == "":
-        m = tl.arange(0, 32 * R)
-        column = ((first + m // 32 * second) * 32 + m % 8 * 4 + m % 32 // 8)[:, None]
+        m = tl.arange(0, 32 * P * R)
+        panel = first + m // (32 * R) + m // 32 % R * second
+        column = (panel * 32 + m % 8 * 4 + m % 32 // 8)[:, None]
         if HAS_BIAS:
             result += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
     else:
         tl.static_assert(R == 2)
-        gate, up = tl.split(tl.permute(tl.reshape(result, (2, 32, BLOCK_T)), (1, 2, 0)))
+        m = tl.arange(0, 32 * P)
+        column = ((first + m // 32) * 32 + m % 8 * 4 + m % 32 // 8)[:, None]
+        gate, up = tl.split(tl.permute(tl.reshape(result, (P, 2, 32, BLOCK_T)), (0, 2, 3, 1)))
+        gate, up = tl.reshape(gate, (32 * P, BLOCK_T)), tl.reshape(up, (32 * P, BLOCK_T))
         if HAS_BIAS:
-            gate += tl.load(bias + column).to(tl.float32)
-            up += tl.load(bias + N + column).to(tl.float32)
+            gate += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
+            up += tl.load(bias + N + column, mask=column < N, other=0.0).to(tl.float32)
         result = activate(gate, ACTIVATION) * up
     inside = (row < T) & (column < N)
     tl.store(y + row.to(tl.int64) * N + column, rounded(result, y.dtype.element_ty), mask=inside)
@@ -143,7 +178,7 @@ def panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dt
         return reference.panel_linear(x, panels, bias, dtype)
     rows = x.numel() // x.shape[-1]
     variants = [name for name, tile in TILES.items() if _suits(tile, rows)]
-    default = _default(rows, -(-panels.outputs // LANES), multiprocessors(x.device))
+    default = _default(_DEFAULTS, rows, panels, x.device)
     if rows > 64 and dtype == x.dtype:  # with another dtype, the library would round twice
         variants.append(_LIBRARY)
         default = _LIBRARY if rows > _MANY_ROWS else default
@@ -160,10 +195,8 @@ def panel_gated_linear(x: Tensor, panels: Panels, bias: Tensor | None, activatio
     if not _fuses(panels):
         return gated_activation(panel_linear(x, panels, bias, torch.float32), activation).to(x.dtype)
     rows = x.numel() // x.shape[-1]
-    variants = [
-        name for name, tile in TILES.items() if tile.panels == 2 and (_suits(tile, rows) or rows > 32 == tile.rows)
-    ]
-    default = "8x64 8" if rows <= 8 else "16x64 8" if rows <= 16 else "32x64 4"
+    variants = [name for name, tile in TILES.items() if tile.stacked == 2 and _suits(tile, rows)]
+    default = _default(_GATED_DEFAULTS, rows, panels, x.device)
     if rows > 64:
         variants.append(_LIBRARY)
         default = _LIBRARY if rows > _MANY_ROWS else default
@@ -216,7 +249,7 @@ def launch(
             flat.stride(0),
             blocks,
             count,
-            count // 2 if activation else 1,
+            count // 2 if activation else tile.beside,
             0x64006400 if half else 0x43004300,
             BITS=form.bits,
             GROUPS=BLOCK // form.group_size,
@@ -225,9 +258,10 @@ def launch(
             PARTS=3 if x.dtype == torch.float32 else 1,
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
-            EVEN=inputs % (BLOCK * tile.warps) == 0,
-            S=tile.warps,
-            R=tile.panels,
+            EVEN=inputs % (BLOCK * tile.runs) == 0,
+            S=tile.runs,
+            P=tile.beside,
+            R=tile.stacked,
             BLOCK_T=tile.rows,
             UNROLL=max(1, tile.unroll * 4 // form.bits),
             num_warps=tile.warps,
@@ -250,23 +284,24 @@ def _fuses(panels: Panels) -> bool:
     return bool(panels.format.bits) and panels.outputs % (2 * LANES) == 0
 
 
+def _size(rows: int) -> int:
+    """The rows of the tiles for so many."""
+    return min(max(triton.next_power_of_2(rows), 8), 64)
+
+
 def _suits(tile: Tile, rows: int) -> bool:
     """Whether a tile is worth measuring for so many rows."""
-    return tile.rows == min(max(triton.next_power_of_2(rows), 8), 64) or (
-        rows > 32 and tile.rows == 32 == tile.panels * 16
-    )
+    return tile.rows == _size(rows) or (rows > 32 and tile.rows == 32)
 
 
-def _default(rows: int, count: int, processors: int) -> str:
-    """The tile where nothing was measured: more warps a panel where there are few panels to keep all busy."""
-    few = count <= 2 * processors
-    if rows <= 8:
-        return "8x32 16" if few else "8x32 8"
-    if rows <= 16:
-        return "16x32 16" if few else "16x32 8"
-    if rows <= 32:
-        return "32x32 8" if few else "32x64 4"
-    return "64x32 8" if few else "64x32 4"
+def _default(choices: Mapping[int, Sequence[str]], rows: int, panels: Panels, device: torch.device) -> str:
+    names = choices[_size(rows)]
+    for name in names:
+        tile = TILES[name]
+        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(panels.data.shape[0], tile.panels)
+        if programs >= multiprocessors(device) * 3 // 4:
+            return name
+    return names[-1]
 
 
 def _shape(rows: int, panels: Panels, *dtypes: torch.dtype) -> Sequence[int | str]:

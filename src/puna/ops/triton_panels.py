@@ -90,10 +90,12 @@ def panel_sums(  # type: ignore[no-untyped-def]
     R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     UNROLL: tl.constexpr,
+    P: tl.constexpr = 1,
 ):
-    """BLOCK_T rows of x times R panels -> float32 [32 R, BLOCK_T]: output m % 8 * 4 + m % 32 // 8 of panel m // 32.
+    """BLOCK_T rows of x times P R panels -> float32 [32 P R, BLOCK_T].
 
-    Each of S warps takes every S-th block of inputs; their sums are added up in a fixed order.
+    Row m of the result is the output m % 8 * 4 + m % 32 // 8 of the panel first + m // (32 R) + m // 32 % R * second.
+    Each of P S warps takes R panels and every S-th block of inputs; the sums of S are added up in a fixed order.
     """
     T1: tl.constexpr = BLOCK_T // 8
     HEAD: tl.constexpr = 16 * GROUPS * (1 + MINIMUMS)  # words of scales and minimums
@@ -102,10 +104,11 @@ def panel_sums(  # type: ignore[no-untyped-def]
     # ones last, then the threads of a warp from the first axis on, then the warps.
     c = tl.arange(0, 4)[:, None, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None, None]
-    s = tl.arange(0, S)[None, None, :, None, None]
+    warp = tl.arange(0, P * S)[None, None, :, None, None]
+    s = warp % S
     r = tl.arange(0, R)[None, None, None, :, None]
     i = tl.arange(0, 4)[None, None, None, None, :]
-    panel = tl.minimum(first + r * second, panels - 1).to(tl.int64)
+    panel = tl.minimum(first + warp // S + r * second, panels - 1).to(tl.int64)
     at = words + (panel * blocks + s) * WORDS
     heads = at.to(tl.pointer_type(tl.float16)) + (g * 4 + i + 0 * c)
     if BITS == 4:
@@ -117,7 +120,7 @@ def panel_sums(  # type: ignore[no-untyped-def]
         block = tl.expand_dims(s, 4)
     k = tl.arange(0, S)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
     rows = rows + k
-    total = tl.zeros((S, 32 * R, BLOCK_T), tl.float32)
+    total = tl.zeros((P * S, 32 * R, BLOCK_T), tl.float32)
     for n in tl.range(0, tl.cdiv(blocks, S), loop_unroll_factor=UNROLL):
         w = tl.load(codes) if EVEN else tl.load(codes, mask=n * S + block < blocks, other=0)
         a = centred_codes(w, magic, BITS, DTYPE)
@@ -133,8 +136,8 @@ def panel_sums(  # type: ignore[no-untyped-def]
                 scale = tl.load(heads + group * 32)
             else:
                 scale = tl.load(heads + group * 32, mask=n * S + s < blocks, other=0.0)
-            scale = _per_output(scale.to(tl.float32), S, R, T1)
-            acc = _dot(a, part, S, T1, DTYPE, PARTS)
+            scale = _per_output(scale.to(tl.float32), P * S, R, T1)
+            acc = _dot(a, part, P, S, T1, DTYPE, PARTS)
             total += scale * acc
             if MINIMUMS:
                 if EVEN:
@@ -142,16 +145,16 @@ def panel_sums(  # type: ignore[no-untyped-def]
                 else:
                     minimum = tl.load(heads + (GROUPS + group) * 32, mask=n * S + s < blocks, other=0.0)
                 # weight = scale * (code - centre) + (minimum + scale * centre)
-                level = _per_output(minimum.to(tl.float32), S, R, T1) + scale * (1 << (BITS - 1))
-                ones = tl.full((S, 16, 16), 1.0, tl.float32).to(DTYPE)
-                ones = computable(tl.reshape(tl.join(ones, ones), (S, 16, 32)))
-                sums = _dot(ones, part, S, T1, DTYPE, PARTS)  # each row is the sum of x
-                sums = tl.broadcast_to(tl.expand_dims(sums, 1), (S, 2 * R, 16, BLOCK_T))
-                total += level * tl.reshape(sums, (S, 32 * R, BLOCK_T))
+                level = _per_output(minimum.to(tl.float32), P * S, R, T1) + scale * (1 << (BITS - 1))
+                ones = tl.full((P * S, 16, 16), 1.0, tl.float32).to(DTYPE)
+                ones = computable(tl.reshape(tl.join(ones, ones), (P * S, 16, 32)))
+                sums = _dot(ones, part, P, S, T1, DTYPE, PARTS)  # each row is the sum of x
+                sums = tl.broadcast_to(tl.expand_dims(sums, 1), (P * S, 2 * R, 16, BLOCK_T))
+                total += level * tl.reshape(sums, (P * S, 32 * R, BLOCK_T))
         codes += S * WORDS
         heads += 2 * S * WORDS
         rows += 32 * S
-    return tl.sum(total, 0)
+    return tl.reshape(tl.sum(tl.reshape(total, (P, S, 32 * R, BLOCK_T)), 1), (P * 32 * R, BLOCK_T))
 
 
 @triton.jit
@@ -162,24 +165,25 @@ def _per_output(values, S: tl.constexpr, R: tl.constexpr, T1: tl.constexpr):  # 
 
 
 @triton.jit
-def _dot(a, x, S: tl.constexpr, T1: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dot(a, x, P: tl.constexpr, S: tl.constexpr, T1: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """a [S, M, 32] times x [8, S, T1, 32] -> float32 [S, M, 8 T1]; x in float32 as three parts, with exact products."""
     if PARTS == 1:
-        return tl.dot(a, _operand(x.to(DTYPE), S, T1))
+        return tl.dot(a, _operand(x.to(DTYPE), P, S, T1))
     high = rounded(x, DTYPE)
     rest = x - high.to(tl.float32)
     middle = rounded(rest, DTYPE)
     low = rounded(rest - middle.to(tl.float32), DTYPE)
-    acc = tl.dot(a, _operand(low, S, T1))
-    acc = tl.dot(a, _operand(middle, S, T1), acc)
-    return tl.dot(a, _operand(high, S, T1), acc)
+    acc = tl.dot(a, _operand(low, P, S, T1))
+    acc = tl.dot(a, _operand(middle, P, S, T1), acc)
+    return tl.dot(a, _operand(high, P, S, T1), acc)
 
 
 @triton.jit
-def _operand(x, S: tl.constexpr, T1: tl.constexpr):  # type: ignore[no-untyped-def]
+def _operand(x, P: tl.constexpr, S: tl.constexpr, T1: tl.constexpr):  # type: ignore[no-untyped-def]
     """x [8, S, T1, 32] with its inputs in the order of centred_codes -> [S, 32, 8 T1]."""
     split = tl.reshape(x, (8, S, T1, 4, 2, 2, 2))  # c, j0, e, j1
-    return computable(tl.reshape(tl.permute(split, (1, 6, 3, 4, 5, 2, 0)), (S, 32, 8 * T1)))
+    ordered = tl.reshape(tl.permute(split, (1, 6, 3, 4, 5, 2, 0)), (1, S, 32, 8 * T1))
+    return computable(tl.reshape(tl.broadcast_to(ordered, (P, S, 32, 8 * T1)), (P * S, 32, 8 * T1)))
 
 
 @triton.jit
