@@ -137,6 +137,45 @@ def test_gpus_without_fp8_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "8.9" in answer
 
 
+# Outputs and inputs of an 8B model's layers.
+LAYERS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 32])
+@pytest.mark.parametrize(("outputs", "inputs"), LAYERS)
+def test_few_rows_get_a_tile_that_should_not_hold_up_the_memory(
+    outputs: int, inputs: int, rows: int, blocks: bool
+) -> None:
+    best = triton_fp8.ranked_tiles(rows, outputs, inputs, blocks, 132)[0]
+    memory = outputs * inputs / (4.3e12 / 1.755e9)  # clocks to read the weight
+    slower = 1.25 if blocks else 1.0
+    assert triton_fp8.clocks(triton_fp8.TILES[best], rows, outputs, inputs, blocks, 132) < slower * memory
+
+
+def test_tiles_fit_a_multiprocessor() -> None:
+    for tile in triton_fp8.TILES.values():
+        assert tile.outputs * tile.parts >= 64, "the tensor cores' instruction has 64 lines"
+        assert tile.stages * tile.inputs * (tile.outputs + tile.rows) * tile.parts <= 227 * 1024
+        assert tile.rows * tile.parts <= 256
+
+
+def test_many_rows_go_to_torchs_own_kernel_where_it_can(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr(triton_fp8, "_has_library", lambda device: True)
+    asked = []
+
+    def library(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        asked.append(len(x.values))
+        return reference.scaled_linear(x, weight, bias, dtype)
+
+    monkeypatch.setattr(triton_fp8, "library_scaled_linear", library)
+    weight = random_weight(64, 128, "channel", device)
+    for rows in (1, 128, 129):
+        triton_fp8.scaled_linear(random_rows((rows, 128), "row", device), weight, None, torch.bfloat16)
+    triton_fp8.scaled_linear(random_rows((129, 128), "row", device), weight, None, torch.float32)
+    assert asked == [129]
+
+
 @pytest.mark.slow
 def test_tensor_cores_for_fp8_and_no_spills(compiled_for_hopper: Callable[[str], list[dict[str, Any]]]) -> None:
     kernels = compiled_for_hopper("fp8_cases.row_tiles") + compiled_for_hopper("fp8_cases.block_tiles")

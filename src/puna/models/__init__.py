@@ -40,8 +40,8 @@ def load_model(
     `mapping` of several ranks, this rank's slice alone is read, and torch.distributed must be initialised; `comm`
     brings another communicator instead.
 
-    `quantization` is for inference only: weights in the layout of the compiled kernels, "bf16", "int8", "int4", or
-    "stored", each as the checkpoint has it. None gives plain matrices, which can be trained.
+    `quantization` is for inference only: weights in the layout of the compiled kernels, "bf16", "int8", "int4", on
+    GPUs "fp8", or "stored", each as the checkpoint has it. None gives plain matrices, which can be trained.
 
     Raises FileNotFoundError where there is no checkpoint, and ValueError, before any weight is read, for an
     architecture or option that is not supported, and for missing, surplus, misshapen or truncated tensors.
