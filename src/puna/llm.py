@@ -48,7 +48,8 @@ class Score:
 class LLM:
     """Loads a model and generates with it; see EngineConfig for the limits. Several threads may use one.
 
-    `quantization`: "int8", "int4", "bf16" or, on GPUs, "fp8" rounds the weights while they are read; None takes them as they are.
+    `quantization`: "int8", "int4", "bf16" or, on GPUs, "fp8" rounds the weights while they are read; None takes them as
+    they are.
     `device`: "cpu", "cuda", "cuda:1" or the like, or "auto", which is a GPU where there is one.
     `profile_dir`: a folder for a timeline of steps and requests, which Perfetto and chrome://tracing show.
 

@@ -93,6 +93,7 @@ class LLaMAModel(nn.Module):
         """What this rank's layers divide keys and values by before an FP8 cache holds them, by the layers' numbers in
         the whole model; 1 for those that are not named."""
         for layer_idx, layer in zip(self.comm.mapping.pp_layers(self.config.num_layers), self.layers, strict=True):
+            assert isinstance(layer, LLaMADecoderLayer)
             layer.attention.cache_scales = scales.get(layer_idx, (1.0, 1.0))
 
     def forward(
