@@ -92,7 +92,7 @@ def _highest(value, at, size):
     return peak, place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "each"])
 def _tiles_kernel(
     x, x_stride, size, token_ids, peaks, places, sums, above, tiles, splits, each, TILE: tl.constexpr
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def _tiles_kernel(
         tl.store(above + row * tiles + tile, tl.sum((value > own).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _rows_kernel(
     x,
     x_stride,

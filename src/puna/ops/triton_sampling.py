@@ -166,7 +166,8 @@ def power_of_two(count: int) -> int:
     return int(triton.next_power_of_2(count))
 
 
-@triton.jit
+# What differs from one number of rows to the next is not compiled in: a kernel for all is enough.
+@triton.jit(do_not_specialize=["splits", "each"])
 def _peaks_kernel(x, x_stride, size, ids, highest, splits, each, TILE: tl.constexpr):
     program = tl.program_id(0)
     x += (program // splits).to(tl.int64) * x_stride
@@ -188,7 +189,7 @@ def _peaks_kernel(x, x_stride, size, ids, highest, splits, each, TILE: tl.conste
     tl.store(highest + program, tl.where(has_nan, float("nan"), top))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join_peaks_kernel(part_ids, part_highest, ids, highest, splits, PARTS: tl.constexpr):
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
@@ -255,7 +256,7 @@ def _limits(row, size, top_k, top_p):
     return k, p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "each"])
 def _histogram_kernel(
     x, x_stride, size, highest, temperature, top_k, top_p, weights, counts, splits, each, TILE: tl.constexpr
 ):
@@ -487,7 +488,7 @@ def _kept_weights(x, at, size, row, peak, heat, least, last_id, min_p):
     return _weight(relative)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "each"])
 def _sums_kernel(
     x, x_stride, size, highest, temperature, least, last_id, min_p, sums, tiles, splits, each, TILE: tl.constexpr
 ):
@@ -549,7 +550,7 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _uniforms_kernel(seeds, positions, found, count, BLOCK: tl.constexpr):
     """SplitMix64 with a start that is itself mixed; its upper 53 bits."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
