@@ -53,7 +53,8 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Takes a look into one tile for each of them, one after another: 2 us of one multiprocessor, so some hundreds are the
     most that is quicker than sorting. Where fewer than k are above -inf, the rest are -inf with ids without meaning.
     """
-    return _summary(logits, None, k)[:2]
+    values, ids, *_ = _summary(logits, None, k)
+    return values, ids
 
 
 def _summary(logits: Tensor, token_ids: Tensor | None, k: int) -> tuple[Tensor, ...]:
