@@ -52,7 +52,8 @@ def quantize_rows(x: Tensor, scaling: InputScaling) -> ScaledRows:
         scales = divisor = scaling.static
     elif scaling.blocks:
         padded = F.pad(wide, (0, -wide.shape[-1] % SCALE_BLOCK))
-        scales = _fp8_scale(padded.unflatten(-1, (padded.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)).abs().amax(-1))
+        blocks = padded.view(*wide.shape[:-1], padded.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)
+        scales = _fp8_scale(blocks.abs().amax(-1))
         divisor = scales.repeat_interleave(SCALE_BLOCK, dim=-1)[..., : wide.shape[-1]]
     else:
         scales = divisor = _fp8_scale(wide.abs().amax(-1, keepdim=True))

@@ -123,8 +123,8 @@ def clocks(tile: Tile, rows: int, outputs: int, inputs: int, blocks: bool, proce
     shared = stages * step * (tile.outputs + tile.rows) * tile.parts
     waves = triton.cdiv(tiles, processors * max(1, _SHARED_BYTES // shared))
     steps = triton.cdiv(inputs, step * tile.parts)
-    waits: float = waves * max(steps / (stages - 1), 1) * _LATENCY
-    return max(loads, products, waits)
+    longest: float = max(loads, products, waves * max(steps / (stages - 1), 1) * _LATENCY)
+    return longest
 
 
 def _pipeline(tile: Tile, blocks: bool) -> tuple[int, int]:
