@@ -32,6 +32,7 @@ class RotaryEmbedding(nn.Module):
         self.attention_factor = _attention_factor(config)
         with torch.device("cpu"):
             self._inv_freq, self._long_inv_freq = _inverse_frequencies(config)
+            self._exponents = _exponents(self.head_size)
 
     @property
     def depends_on_length(self) -> bool:
@@ -47,6 +48,7 @@ class RotaryEmbedding(nn.Module):
         if self._inv_freq.device != position_ids.device:
             self._inv_freq = self._inv_freq.to(position_ids.device)
             self._long_inv_freq = self._long_inv_freq.to(position_ids.device)
+            self._exponents = self._exponents.to(position_ids.device)
         inv_freq = self._inv_freq
         if self.scaling is not None and self.scaling.type == "dynamic":
             inv_freq = self._dynamic_inverse_frequencies(_required(lengths), self.scaling)
@@ -62,7 +64,7 @@ class RotaryEmbedding(nn.Module):
         factor, size = scaling.factor or 1.0, self.head_size
         stretch = factor * lengths.clamp(min=self.max_position_embeddings) / self.max_position_embeddings - (factor - 1)
         base = self.base * stretch ** (size / (size - 2))
-        return 1.0 / (base.unsqueeze(-1) ** _exponents(size).to(lengths.device))
+        return 1.0 / (base.unsqueeze(-1) ** self._exponents)
 
 
 def _required(lengths: Tensor | None) -> Tensor:

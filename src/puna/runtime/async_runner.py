@@ -238,6 +238,11 @@ class AsyncModelRunner(ModelRunner):
 
     def _run(self, ending: _Ending, inputs: StepInputs) -> Tensor:
         """Queues what a step computes; its tokens, if it comes to these, are left in the buffers."""
+        if self._angle_tables is None:
+            self._angle_tables = self._make_angle_tables()
+        if self._angle_tables:
+            cos, sin = (table.index_select(0, inputs.position_ids) for table in self._angle_tables)
+            inputs = inputs.with_angles((cos, sin))
         hidden = self._hidden_states(inputs)
         if ending == "hidden":
             return hidden

@@ -122,7 +122,7 @@ class ModelRunner:
         positions = self.buffers.max_length
         if self.model.rotary.depends_on_length or positions * self.model.config.head_size * 4 > _MAX_ANGLE_BYTES:
             return ()
-        cos, sin = self.model.rotary(torch.arange(positions))
+        cos, sin = self.model.rotary(torch.arange(positions, device=self.model.comm.device))
         return cos, sin
 
     def _looking_up(self, inputs: StepInputs) -> Tensor:
