@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from puna.ops.panels import Panels
-from puna.ops.scaled import InputScaling, ScaledRows, ScaledWeight
-from puna.ops.triton_grouped import Groups, Tile, multiply_down, multiply_gated
+from puna.ops.scaled import InputScaling, ScaledWeight
+from puna.ops.triton_grouped import Groups, Tile, multiply
+from puna.ops.triton_linear import Tile as PanelTile
+from puna.ops.triton_panel_groups import multiply_panels
 from puna.ops.triton_pointwise import ACTIVATIONS, quantize_rows
 from puna.ops.triton_rounding import rounded
 
@@ -163,7 +165,8 @@ def deterministic_experts(
     activation: str,
 ) -> Tensor:
     """The same in one tile for any number of rows."""
-    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, _DETERMINISTIC)
+    tiles = _SOME_MIXED if _has_blocks(gate_up[0]) else _SOME
+    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, tiles)
 
 
 def panel_experts(
@@ -174,8 +177,8 @@ def panel_experts(
     experts_per_token: int,
     activation: str,
 ) -> Tensor:
-    """reference.panel_experts, the weights' numbers rounded to x's dtype; the tile depends on the number of rows."""
-    tiles = _tiles(router_logits, experts_per_token, gate_up[0])
+    """reference.panel_experts; the tile depends on the number of rows. With many, weights are rounded to x's dtype."""
+    tiles = _panel_tiles(router_logits, experts_per_token)
     return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, tiles)
 
 
@@ -188,7 +191,7 @@ def deterministic_panel_experts(
     activation: str,
 ) -> Tensor:
     """The same in one tile for any number of rows."""
-    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, _DETERMINISTIC)
+    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, _DETERMINISTIC_PANELS)
 
 
 # The tiles of the gated matmul, which has two sets of sums, and of the one after it. With few rows an expert they read
@@ -199,18 +202,37 @@ _FEW: Final = (Tile(16, 32, 256, warps=4, stages=4), Tile(16, 32, 256, warps=4, 
 _SOME: Final = (Tile(64, 64, 128, warps=4, stages=4), Tile(64, 128, 128, warps=4, stages=4))
 _MANY: Final = (Tile(128, 128, 128, warps=8, stages=4), Tile(128, 256, 128, warps=8, stages=4))
 # Where sums are scaled block by block, or weights unpacked in registers, these must hold more than the sums.
+_SOME_MIXED: Final = (Tile(64, 64, 128, warps=8, stages=4), Tile(64, 128, 128, warps=8, stages=4))
 _MANY_MIXED: Final = (Tile(128, 64, 128, warps=8, stages=4), Tile(128, 128, 128, warps=8, stages=4))
-_DETERMINISTIC: Final = _SOME
+
+# Of few rows times panels, by the most rows an expert; triton_linear has what the numbers mean.
+_PANELS: Final = (
+    (2, (PanelTile(8, 2, 8, 2), PanelTile(8, 1, 8, 4))),
+    (8, (PanelTile(16, 2, 4, 1, 2), PanelTile(16, 1, 4, 2, 2))),
+    (48, (PanelTile(32, 2, 2, 1, 2), PanelTile(32, 1, 2, 2, 4))),
+)
+_DETERMINISTIC_PANELS: Final = (PanelTile(16, 2, 8, 1), PanelTile(16, 1, 8, 2))
+
+_Tiles = tuple[Tile, Tile] | tuple[PanelTile, PanelTile]
 
 
-def _tiles(router_logits: Tensor, experts_per_token: int, weight: Tensor | ScaledWeight | Panels) -> tuple[Tile, Tile]:
+def _has_blocks(weight: Tensor | ScaledWeight) -> bool:
+    return isinstance(weight, ScaledWeight) and weight.has_blocks
+
+
+def _tiles(logits: Tensor, experts_per_token: int, weight: Tensor | ScaledWeight) -> _Tiles:
     """The tiles whose rows an expert fills, were tokens evenly spread; up to there reading weights takes longer."""
-    tokens, count = router_logits.shape
-    rows = tokens * experts_per_token / count
-    if rows <= 96:
-        return _FEW if rows <= 8 else _SOME
-    mixed = isinstance(weight, Panels) or (isinstance(weight, ScaledWeight) and weight.has_blocks)
-    return _MANY_MIXED if mixed else _MANY
+    rows = logits.shape[0] * experts_per_token / logits.shape[1]
+    if rows <= 8:
+        return _FEW
+    if _has_blocks(weight):
+        return _SOME_MIXED if rows <= 96 else _MANY_MIXED
+    return _SOME if rows <= 96 else _MANY
+
+
+def _panel_tiles(logits: Tensor, experts_per_token: int) -> _Tiles:
+    rows = logits.shape[0] * experts_per_token / logits.shape[1]
+    return next((tiles for most, tiles in _PANELS if rows <= most), _MANY_MIXED)
 
 
 def _experts(
@@ -220,7 +242,7 @@ def _experts(
     proj: Sequence[Tensor | ScaledWeight | Panels],
     experts_per_token: int,
     activation: str,
-    tiles: tuple[Tile, Tile],
+    tiles: _Tiles,
 ) -> Tensor:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}: use silu, gelu, gelu_pytorch_tanh or relu")
@@ -234,9 +256,9 @@ def _experts(
         return torch.empty_like(x)
     x = x if x.stride(1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     weights, _, groups = _route(router_logits, experts_per_token, torch.int32, sort=True)
-    inner = multiply_gated(_input(x, gate_up[0]), gate_up, groups, tiles[0], activation)
+    inner = _multiply(x, gate_up, groups, tiles[0], activation, x.dtype)
     in_panels = isinstance(proj[0], Panels)
-    outputs = multiply_down(_input(inner, proj[0]), proj, groups, tiles[1], torch.float32 if in_panels else x.dtype)
+    outputs = _multiply(inner, proj, groups, tiles[1], "", torch.float32 if in_panels else x.dtype)
     y = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
     block = min(1024, triton.next_power_of_2(size))
     weighted_sum_kernel[(tokens, triton.cdiv(size, block))](
@@ -245,8 +267,21 @@ def _experts(
     return y
 
 
-def _input(x: Tensor, weight: Tensor | ScaledWeight | Panels) -> Tensor | ScaledRows:
-    return quantize_rows(x, InputScaling(blocks=weight.has_blocks)) if isinstance(weight, ScaledWeight) else x
+def _multiply(
+    x: Tensor,
+    weights: Sequence[Tensor | ScaledWeight | Panels],
+    groups: Groups,
+    tile: Tile | PanelTile,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    first = weights[0]
+    if isinstance(tile, PanelTile):
+        panels = [weight for weight in weights if isinstance(weight, Panels)]
+        return multiply_panels(x, panels, groups, tile, activation, dtype)
+    scaling = InputScaling(blocks=first.has_blocks) if isinstance(first, ScaledWeight) else None
+    rows = x if scaling is None else quantize_rows(x, scaling)
+    return multiply(rows, weights, groups, tile, activation, dtype)
 
 
 def _route(logits: Tensor, top: int, dtype: torch.dtype, sort: bool) -> tuple[Tensor, Tensor, Groups]:

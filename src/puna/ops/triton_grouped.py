@@ -52,7 +52,7 @@ class Groups:
 
 
 @triton.jit
-def _expert_of(tile, starts, EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def expert_of(tile, starts, EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The expert of a tile of rows, and its first and last row + 1; no rows where there are fewer tiles."""
     expert = tl.arange(0, EXPERTS_BLOCK)
     begin = tl.load(starts + expert, mask=expert < EXPERTS, other=0)
@@ -65,7 +65,7 @@ def _expert_of(tile, starts, EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr,
 
 
 @triton.jit
-def _chosen(pointers, expert, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def chosen(pointers, expert, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """pointers[expert] of a tuple of pointers."""
     address = pointers[0].to(tl.int64)
     for i in tl.static_range(1, EXPERTS):
@@ -146,10 +146,13 @@ def _weight_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dot(left, right, sums, PROMOTE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """left @ right + sums. Sums of FP8 products, of which tensor cores keep 14 bits, leave them each PROMOTE inputs."""
+    """left @ right + sums. Sums of FP8 products, of which tensor cores keep 14 bits, leave them each PROMOTE inputs,
+    with 0 in the end."""
     if INTERPRETED and left.dtype == tl.bfloat16:  # of which the interpreter would multiply the bits
         left = left.to(tl.float32)
         right = right.to(tl.float32)
+    if PROMOTE == 0:
+        return tl.dot(left, right, sums, input_precision="ieee")
     return tl.dot(left, right, sums, input_precision="ieee", max_num_imprecise_acc=PROMOTE)
 
 
@@ -169,7 +172,6 @@ def grouped_kernel(  # type: ignore[no-untyped-def]
     EXPERTS: tl.constexpr,
     EXPERTS_BLOCK: tl.constexpr,
     TOP: tl.constexpr,
-    DOWN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ROUND: tl.constexpr,
     SCALES: tl.constexpr,
@@ -177,23 +179,24 @@ def grouped_kernel(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr,
     MINIMUMS: tl.constexpr,
     WHOLE: tl.constexpr,
+    WHOLE_OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     TOGETHER: tl.constexpr,
     PROMOTE: tl.constexpr,
-    WHOLE_OUTPUTS: tl.constexpr,
 ):
-    """y[row] = activation(x[token] @ gate) * (x[token] @ up) of sorted rows, or with DOWN y[pair] = x[row] @ weight.
+    """y[row] = activation(x[token] @ gate) * (x[token] @ up) of sorted rows, or without one y[pair] = x[row] @ weight.
 
     SCALES: 0 without, 1 a scale for each row and output, 2 for each row and 128 inputs, and each 128 x 128 weights.
     """
+    DOWN: tl.constexpr = ACTIVATION == ""
     # Some tiles of rows, then the next outputs for the same ones, so that their tokens are read from the L2 cache.
     output_tiles = tl.cdiv(outputs, OUTPUTS)
     strip = tl.program_id(0) // (TOGETHER * output_tiles) * TOGETHER
     width = tl.minimum(row_tiles - strip, TOGETHER)
     within = tl.program_id(0) % (TOGETHER * output_tiles)
-    expert, first, end = _expert_of(strip + within % width, starts, EXPERTS, EXPERTS_BLOCK, ROWS)
+    expert, first, end = expert_of(strip + within % width, starts, EXPERTS, EXPERTS_BLOCK, ROWS)
     if first >= end:
         return
     row = first + tl.arange(0, ROWS)
@@ -204,14 +207,14 @@ def grouped_kernel(  # type: ignore[no-untyped-def]
     pair = tl.load(order + row, mask=inside, other=0)
     source = row if DOWN else pair // TOP
     source = tl.where(inside, source, 0).to(tl.int64)
-    weight = _chosen(weights, expert, EXPERTS)
+    weight = chosen(weights, expert, EXPERTS)
     a = x + source[:, None] * x_stride
     k = tl.arange(0, INPUTS)
     sums = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
     up_sums = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
     DTYPE: tl.constexpr = x.dtype.element_ty
     if SCALES != 0:
-        scales = _chosen(weight_scales, expert, EXPERTS)
+        scales = chosen(weight_scales, expert, EXPERTS)
     for start in range(0, inputs, INPUTS):
         if WHOLE:
             left = tl.load(a + (start + k)[None, :])
@@ -262,44 +265,26 @@ class _Weights:
     form: PanelFormat | None
 
 
-def multiply_gated(
+def multiply(
     x: Tensor | ScaledRows,
     weights: Sequence[Tensor | ScaledWeight | Panels],
     groups: Groups,
     tile: Tile,
     activation: str,
-) -> Tensor:
-    """x [T, E] times each row's expert's weight [2 F, E], gated -> [pairs, F], sorted by expert."""
-    return _launch(x, weights, groups, tile, activation, None)
-
-
-def multiply_down(
-    x: Tensor | ScaledRows,
-    weights: Sequence[Tensor | ScaledWeight | Panels],
-    groups: Groups,
-    tile: Tile,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x [pairs, F], sorted by expert, times each row's expert's weight [E, F] -> [pairs, E] in the order of pairs."""
-    return _launch(x, weights, groups, tile, "", dtype)
+    """Rows times their own expert's weight, in `dtype`.
 
-
-def _launch(
-    x: Tensor | ScaledRows,
-    weights: Sequence[Tensor | ScaledWeight | Panels],
-    groups: Groups,
-    tile: Tile,
-    activation: str,
-    dtype: torch.dtype | None,
-) -> Tensor:
+    With an activation: x [T, E] times gate and up [2 F, E] -> [pairs, F], sorted by expert. Without: x [pairs, F], so
+    sorted, times [E, F] -> [pairs, E] in the order of pairs, token by token.
+    """
     values = x.values if isinstance(x, ScaledRows) else x
     found = _weights(weights)
     first = weights[0]
     total, inputs = (first.outputs, first.inputs) if isinstance(first, Panels) else _shape(first)
-    down = dtype is not None
-    outputs = total if down else total // 2
+    outputs = total // 2 if activation else total
     pairs = groups.order.numel()
-    y = torch.empty(pairs, outputs, dtype=dtype or x.dtype, device=values.device)
+    y = torch.empty(pairs, outputs, dtype=dtype, device=values.device)
     row_tiles = most_tiles(pairs, groups.experts, tile.rows)
     step = SCALE_BLOCK if found.scale_mode == 2 else max(32, tile.bytes // values.element_size())
     grouped_kernel[(row_tiles * triton.cdiv(outputs, tile.outputs),)](
@@ -317,7 +302,6 @@ def _launch(
         EXPERTS=groups.experts,
         EXPERTS_BLOCK=triton.next_power_of_2(groups.experts),
         TOP=groups.experts_per_token,
-        DOWN=down,
         ACTIVATION=activation,
         ROUND=found.form is None,
         SCALES=found.scale_mode,
@@ -325,12 +309,12 @@ def _launch(
         GROUPS=BLOCK // found.form.group_size if found.form else 1,
         MINIMUMS=found.form.minimums if found.form else False,
         WHOLE=inputs % step == 0,
+        WHOLE_OUTPUTS=outputs % tile.outputs == 0,
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         INPUTS=step,
         TOGETHER=_TOGETHER,
         PROMOTE=step if tile.rows <= _PROMOTED_ROWS else 0,
-        WHOLE_OUTPUTS=outputs % tile.outputs == 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -340,6 +324,11 @@ def _launch(
 def most_tiles(pairs: int, experts: int, rows: int) -> int:
     """Tiles that pairs can need: each expert may have one that is not full."""
     return min(pairs, pairs // rows + experts)
+
+
+def panel_words(weights: Sequence[Panels]) -> tuple[Tensor, ...]:
+    """The panels' memory as int32."""
+    return tuple(weight.data.view(-1).view(torch.int32) for weight in weights)
 
 
 def _shape(weight: Tensor | ScaledWeight) -> tuple[int, int]:
@@ -358,7 +347,7 @@ def _weights(weights: Sequence[Tensor | ScaledWeight | Panels]) -> _Weights:
     if isinstance(first, Panels):
         if len({(weight.format, weight.outputs, weight.inputs) for weight in panels}) > 1 or not first.format.bits:
             raise ValueError(f"the experts' panels must be int8 or int4, all of one format, not {first.format}")
-        words = tuple(weight.data.view(-1).view(torch.int32) for weight in panels)
+        words = panel_words(panels)
         return _Weights(words, words, 0, first.format)
     if len({(_shape(weight), weight.dtype) for weight in plain} | {_shape(weight) for weight in scaled}) > 1:
         raise ValueError("the experts' weights must be of one shape and dtype")
