@@ -1,0 +1,101 @@
+"""Which weights an engine takes on which device, and what it refuses there; nothing is allocated."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from puna import ops
+from puna.config import EngineConfig, LLaMAConfig
+from puna.distributed import NullCommunicator
+from puna.engine.weights import weights_loader
+from puna.models import LLaMAForCausalLM
+from puna.models.loading import ModelLoader
+from puna.models.random_weights import random_checkpoint
+from puna.ops import cpu, triton_table
+from puna.ops.scaled import FP8
+
+CONFIG = LLaMAConfig(
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=64,
+    hidden_size=128,
+    mlp_hidden_size=192,
+    vocab_size=97,
+    dtype="bfloat16",
+)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_table, "capability", lambda device: (9, 0))
+
+
+def loader(device: str, quantization: str | None = None, stored: str | None = None, **limits: Any) -> Any:
+    checkpoint = random_checkpoint(CONFIG, quantization=stored)
+    found: ModelLoader[LLaMAForCausalLM] = weights_loader(
+        checkpoint, CONFIG, NullCommunicator(device), quantization, EngineConfig(**limits)
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("quantization", "stored", "dtypes"),
+    [
+        (None, None, {torch.bfloat16}),
+        (None, "int4", {torch.bfloat16, torch.uint8}),
+        ("bf16", "int4", {torch.bfloat16}),
+        ("int8", None, {torch.bfloat16, torch.uint8}),
+        ("fp8", None, {torch.bfloat16, torch.float32, FP8}),
+    ],
+)
+def test_a_gpu_takes_them_for_its_kernels(
+    quantization: str | None, stored: str | None, dtypes: set[torch.dtype], hopper: None
+) -> None:
+    found = loader("cuda", quantization, stored, kv_cache_dtype="fp8")
+    assert found.config.quant == (quantization or "stored")
+    assert found.parameter_dtypes == dtypes
+
+
+def test_gpus_without_fp8(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_table, "capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"quantization is 'fp8', but .*compute capability 8.9.*: use int8"):
+        loader("cuda", "fp8")
+
+
+def test_what_has_no_kernel_is_named(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class WithoutAttention(ops.TritonBackend):
+        def function(self, op: str, spec: ops.OpSpec) -> Any:
+            return "heads are too large" if op == "paged_attention" else super().function(op, spec)
+
+    monkeypatch.setattr(ops, "backends_for", lambda device: (WithoutAttention(), ops.ReferenceBackend()))
+    with caplog.at_level(logging.WARNING):
+        loader("cuda")
+    assert "paged_attention runs on the reference op, which is slow (triton: heads are too large)" in caplog.messages
+    with pytest.raises(ValueError, match=r"kv_cache_dtype is 'int8', but paged_attention .*heads are too large"):
+        loader("cuda", kv_cache_dtype="int8")
+
+
+def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    assert loader("cuda").config.quant == "none"
+    for wrong in ({"quantization": "int8"}, {"kv_cache_dtype": "fp8"}):
+        with pytest.raises(ValueError, match=r"but the kernels for cuda need triton, which is missing: leave it out"):
+            loader("cuda", **wrong)
+
+
+@pytest.mark.skipif(not cpu.compiled(), reason="needs the compiled kernels")
+def test_a_cpu_has_no_fp8() -> None:
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'fp8', but there are no kernels for FP8 on the CPU: use"):
+        loader("cpu", kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match="quantization is 'fp8', but there are no kernels for FP8 on cpu: use int8"):
+        loader("cpu", "fp8")
