@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from puna.config import CacheDtype, LLaMAConfig
+from puna.planning.memory import parameter_counts
 from puna.planning.roofline import MachineLimit, decode_work, prefill_work
 
 
@@ -82,10 +83,26 @@ class Floor:
         return "reading" if self.reading_seconds > self.computing_seconds else "computing"
 
 
+def effective_weights(config: LLaMAConfig, weights: int, quantization: str) -> int:
+    """Bytes that planning.roofline should be told, where it takes every weight for equally wide: an embedding of its
+    own is not read, and it is in bfloat16 where the layers are in FP8, as lm_head is, which is read."""
+    counts = parameter_counts(config)
+    if not counts.head:
+        return weights
+    width = {"int8": 34 / 32, "int4": 18 / 32}.get(quantization, 2.0)
+    return int((weights - width * counts.embedding) * counts.total / (counts.total - counts.embedding))
+
+
 def offline_floor(
-    config: LLaMAConfig, weights: int, row: Row, at_once: int, limits: MachineLimit, kv_cache_dtype: CacheDtype
+    config: LLaMAConfig,
+    weights: int,
+    row: Row,
+    at_once: int,
+    limits: MachineLimit,
+    kv_cache_dtype: CacheDtype,
+    head_in_bfloat16: bool,
 ) -> Floor:
-    """Of `at_once` requests that run side by side from their first token to their last.
+    """`weights` are effective ones. Of `at_once` requests that run side by side from their first token to their last.
 
     Every step reads the weights once and each request's cache; prompts are computed in steps that read the weights
     anyway, so they add arithmetic alone. Reading and computing overlap perfectly. The mean step has half the output.
@@ -98,6 +115,10 @@ def offline_floor(
         kind: prompts.operations.get(kind, 0.0) + steps * step.operations.get(kind, 0.0)
         for kind in {*prompts.operations, *step.operations}
     }
+    if head_in_bfloat16 and "int8" in operations:
+        head = 2.0 * config.vocab_size * config.hidden_size * at_once * row.output_tokens
+        operations["int8"] -= head
+        operations["bfloat16"] = operations.get("bfloat16", 0.0) + head
     return Floor(
         reading_seconds=max(steps * step.bytes_read, prompts.bytes_read) / limits.read_bandwidth,
         computing_seconds=sum(count / limits.operations[kind] for kind, count in operations.items()),

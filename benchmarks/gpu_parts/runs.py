@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_parts.arithmetic import Limits, Phases, Row, offline_floor, phases, requests_for
+from gpu_parts.arithmetic import Limits, Phases, Row, effective_weights, offline_floor, phases, requests_for
 from gpu_parts.trace import ON_DEVICE, ON_HOST, device_times
 
 from puna.cli.bench_run import run_batch
@@ -155,7 +155,8 @@ def offline(
     longest = max(row.input_tokens + row.output_tokens for row in rows)
     # All steps are captured before anything is timed; the drain-out goes through the buckets of all sizes.
     with engine_of(setting, quantization, longest, setting.at_once, kv, capture="eager") as engine:
-        weights, blocks = engine.parts.memory.weights, engine.statistics().num_blocks
+        weights = effective_weights(setting.config, engine.parts.memory.weights, quantization)
+        blocks = engine.statistics().num_blocks
         block_size = engine.parts.engine_config.block_size
         for row in rows:
             if time_left() < 1.5 * seconds and not setting.is_dry:
@@ -172,7 +173,13 @@ def offline(
             before = engine.statistics().num_preemptions
             found = run_offline(engine, prompts_of(setting, count, row.input_tokens), row.output_tokens)
             floor = offline_floor(
-                setting.config, weights, row, min(at_once, count), limits.of(quantization == "fp8"), kv
+                setting.config,
+                weights,
+                row,
+                min(at_once, count),
+                limits.of(quantization == "fp8"),
+                kv,
+                head_in_bfloat16=quantization == "fp8",
             )
             best = found.steady_tokens_per_second or found.tokens_per_second
             yield {
@@ -200,7 +207,8 @@ def single(setting: Setting, quantization: str, limits: Limits, **more: Any) -> 
     long, short, new = setting.tokens(8192), setting.tokens(128), setting.tokens(512)
     own = dataclasses.replace(setting, batched_tokens=max(setting.batched_tokens, long))
     with engine_of(own, quantization, long + new, 1, **more) as engine:
-        weights, config = engine.parts.memory.weights, setting.config
+        config = setting.config
+        weights = effective_weights(config, engine.parts.memory.weights, quantization)
         run_batch(engine, prompts_of(setting, 1, short, seed=3), 8)
         run_batch(engine, prompts_of(setting, 1, long, seed=3), 2)
         repeats = range(1 if setting.is_dry else 3)

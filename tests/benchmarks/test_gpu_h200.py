@@ -20,7 +20,8 @@ from puna.config.presets import PRESETS  # noqa: E402
 LLAMA: Final = PRESETS["llama-3.1-8b"]
 # As an H200 was once seen to be; FP8 as GPU.md has it.
 LIMITS: Final = arithmetic.Limits(bandwidth=4.3e12, bfloat16=790e12, fp8=1.3e15)
-FP8_BYTES: Final = 8_030_261_248
+# Layers in FP8 with a float32 scale for each output; embedding and lm_head in bfloat16.
+FP8_BYTES: Final = 6_979_321_856 + 7_000_000 + 2 * 2 * 525_336_576
 
 
 def row(name: str) -> arithmetic.Row:
@@ -28,23 +29,26 @@ def row(name: str) -> arithmetic.Row:
 
 
 def floor(name: str, at_once: int = 1024) -> arithmetic.Floor:
-    return arithmetic.offline_floor(LLAMA, FP8_BYTES, row(name), at_once, LIMITS.of(is_fp8=True), "fp8")
+    weights = arithmetic.effective_weights(LLAMA, FP8_BYTES, "fp8")
+    limits = LIMITS.of(is_fp8=True)
+    return arithmetic.offline_floor(LLAMA, weights, row(name), at_once, limits, "fp8", head_in_bfloat16=True)
 
 
 def test_short_requests_are_bound_by_arithmetic() -> None:
     found = floor("128/128")
     assert found.limited_by == "computing"
-    # 7.5e9 weights are multiplied for each output token, and 7.0e9 for each of the prompt's: 3.7 TFLOP a request, and
-    # 1 % more for attention, of which half is bfloat16's.
-    assert found.computing_seconds / 1024 == pytest.approx(128 * (2 * 7.50e9 + 2 * 6.98e9) / 1.3e15, rel=0.02)
-    assert found.tokens_per_second == pytest.approx(44_500, rel=0.02)
+    # 6.98e9 weights are multiplied in FP8 for each token, 0.53e9 of lm_head in bfloat16 for each that comes out: 3.7
+    # TFLOP a request, and 1 % more for attention.
+    expected = 2 * 6.98e9 * 256 / 1.3e15 + 2 * 0.525e9 * 128 / 790e12
+    assert found.computing_seconds / 1024 == pytest.approx(expected, rel=0.02)
+    assert found.tokens_per_second == pytest.approx(43_500, rel=0.02)
 
 
 def test_long_outputs_are_bound_by_reading() -> None:
     found = floor("128/2048")
     assert found.limited_by == "reading"
-    # 7.5 GB of weights and 1,024 caches of 1,152 tokens of 64 KiB: 85 GB a step.
-    step = (7.5e9 + 1024 * 1152 * 65536) / 4.3e12
+    # 8 GB of weights and 1,024 caches of 1,152 tokens of 64 KiB: 85 GB a step.
+    step = (8.04e9 + 1024 * 1152 * 65536) / 4.3e12
     assert found.seconds / 2047 == pytest.approx(step, rel=0.01)
     assert found.tokens_per_second == pytest.approx(1024 / step, rel=0.01)
 
