@@ -138,6 +138,19 @@ def test_unknown_names(server: Any) -> None:
         server.client.models.retrieve("other")
 
 
+def test_head_is_get_without_its_body(server: Any) -> None:
+    """Load balancers ask so."""
+    for path in ("/health", "/ready", "/v1/models", "/metrics", "/", "/v1/models/other"):
+        with_body, without = server.http.get(path), server.http.head(path)
+        assert without.status_code == with_body.status_code, path
+        assert without.content == b""
+        assert without.headers["content-type"] == with_body.headers["content-type"]
+        if path not in ("/health", "/metrics"):  # whose length changes
+            assert without.headers["content-length"] == with_body.headers["content-length"]
+    assert server.http.head("/v1/completions").status_code == 405
+    assert 'handler="/v1/models",method="HEAD",status="2xx"' in server.http.get("/metrics").text
+
+
 def test_null_and_harmless_values_are_fine(server: Any) -> None:
     body = TEXT | {
         "stop": None,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection
-from typing import Final
+from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,7 +38,7 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         record = RequestRecord(request_id=request_id(headers))
         scope.setdefault("state", {})["record"] = record
-        status = 0
+        status, inner = 0, scope
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -49,7 +49,11 @@ class Guard:
 
         try:
             self._check(scope, headers)
-            await self._app(scope, self._limited(receive), answer)
+            if (
+                scope["method"] == "HEAD"
+            ):  # FastAPI's routes don't know it; whoever sends the answer leaves out the body
+                inner = {**scope, "method": "GET"}
+            await self._app(inner, self._limited(receive), answer)
         except ApiError as error:
             record.error = error.code
             if status == 0:
@@ -60,7 +64,7 @@ class Guard:
             if status == 0:
                 await engine_error().response()(scope, receive, answer)
         finally:
-            self._tell(scope, status or GONE, record)
+            self._tell(scope, inner.get("route"), status or GONE, record)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if CROWDED in scope["state"]:
@@ -110,12 +114,11 @@ class Guard:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._state.settings.max_body_bytes} bytes", code="too_large")
 
-    def _tell(self, scope: Scope, status: int, record: RequestRecord) -> None:
+    def _tell(self, scope: Scope, route: Any, status: int, record: RequestRecord) -> None:
         """A line in the log for people, its parts for programs; and the metric of answers."""
         seconds = round(time.monotonic() - record.arrived, 4)
         head = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": seconds}
         rest = record.fields()
         words = "".join(f" {name}={value}" for name, value in rest.items() if value is not None)
         _log.info("%s %r %d %.3fs%s", *head.values(), words, extra={"fields": head | rest})
-        route = scope.get("route")
         self._state.metrics.answered("none" if route is None else route.path, scope["method"], status)
