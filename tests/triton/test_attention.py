@@ -177,6 +177,16 @@ def test_keys_are_split(cache: torch.dtype, window: int | None, device: torch.de
         check(Case(sequences, cache=cache, window=window, spare_blocks=120), device, 1e-5)
 
 
+def test_how_many_splits_fill_a_gpu() -> None:
+    """132 multiprocessors; programs are sequences x key/value heads."""
+    assert triton_attention.even_splits(8, 132, 64) == 33
+    assert triton_attention.even_splits(8, 132, 16) == 16
+    assert triton_attention.even_splits(8, 132, 0) == 1
+    assert triton_attention.even_splits(40 * 8, 132, 64) == 2  # 3 programs where the share is 2.4, or 5 where it is 4.8
+    assert triton_attention.even_splits(64 * 8, 132, 64) == 1
+    assert triton_attention.even_splits(1024 * 8, 132, 64) == 1
+
+
 def test_padding_rows_change_nothing(device: torch.device) -> None:
     """Rows of one token in a dummy block of zeros, as a recorded step has."""
     case = Case([(40, 1), (19, 1), (64, 1)])
@@ -200,6 +210,7 @@ def test_query_may_be_part_of_wider_rows(device: torch.device) -> None:
     assert error(result, case.expected(query, *rest)) < 1e-5
 
 
+@pytest.mark.slow
 def test_more_sequences_than_are_looked_at_together(device: torch.device) -> None:
     case = Case([(3, 1)] * 258 + [(20, 15)], heads=1, size=16, spare_blocks=0)
     inputs = case.made(device)
@@ -207,19 +218,19 @@ def test_more_sequences_than_are_looked_at_together(device: torch.device) -> Non
     assert error(result, case.expected(*inputs)) < 1e-5
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shapes(data: st.DataObject, device: torch.device) -> None:
-    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
     case = Case(
         [(length, data.draw(st.integers(1, length))) for length in lengths],
         heads=2 * data.draw(st.integers(1, 5)),
         kv_heads=data.draw(st.sampled_from([1, 2])),
-        size=data.draw(st.sampled_from([16, 48, 64])),
-        block_size=data.draw(st.sampled_from([8, 16, 64])),
+        size=data.draw(st.sampled_from([16, 48])),
+        block_size=data.draw(st.sampled_from([8, 16, 32])),
         cache=data.draw(st.sampled_from([torch.float32, FP8, torch.int8])),
         window=data.draw(st.one_of(st.none(), st.integers(1, 100))),
-        spare_blocks=data.draw(st.sampled_from([0, 1, 90])),
+        spare_blocks=data.draw(st.sampled_from([0, 1, 40])),
     )
     check(case, device, 1e-5, seed=data.draw(st.integers(0, 9)))
 
@@ -257,25 +268,16 @@ def test_deterministic_bits_do_not_depend_on_chunks_or_neighbours(
 
 
 @pytest.mark.parametrize("cache", [torch.float32, torch.int8])
-def test_deterministic_bits_do_not_depend_on_who_adds_up_the_splits(cache: torch.dtype, device: torch.device) -> None:
-    """Alone, a sequence of this length is attended to by several programs; among others, by one."""
+def test_deterministic_bits_do_not_depend_on_who_adds_up_the_splits(
+    cache: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few sequences of this length are attended to by several programs each; many, by one."""
     case = Case([(2300, 2)], heads=2, size=32, cache=cache)
-    query, keys, values, table, starts, lengths = case.made(device)
-    op = triton_attention.deterministic_paged_attention
-    alone = op(query, keys, values, table, starts, lengths, 0.2, None)
-    assert error(alone, case.expected(query * (0.2 / 32**-0.5), keys, values, table, starts, lengths)) < 1e-5
-    others = 300
-    together = op(
-        torch.cat((query, query[:1].expand(others, -1, -1))),
-        keys,
-        values,
-        torch.cat((table, table.expand(others, -1))),
-        torch.tensor([0, *range(2, others + 3)], dtype=torch.int32, device=device),
-        torch.cat((lengths, torch.ones(others, dtype=torch.int32, device=device))),
-        0.2,
-        None,
-    )
-    assert torch.equal(bits(together[:2]), bits(alone))
+    inputs = case.made(device)
+    split = triton_attention.deterministic_paged_attention(*inputs, 32**-0.5, None)
+    assert error(split, case.expected(*inputs)) < 1e-5
+    monkeypatch.setattr(triton_attention, "multiprocessors", lambda device: 0)
+    assert torch.equal(bits(triton_attention.deterministic_paged_attention(*inputs, 32**-0.5, None)), bits(split))
 
 
 @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, FP8, torch.int8])

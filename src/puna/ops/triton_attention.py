@@ -59,8 +59,9 @@ def paged_attention(
     fewest = max(launch.programs for launch in launches) * source.kv_heads
     longest = block_tables.shape[1] * source.block_size
     longest = longest if sliding_window is None else min(longest, sliding_window)
-    wanted = min(4 * multiprocessors(query.device) // fewest, longest // 256, 64, _most_splits(query))
-    return _attend(query, source, query_starts, sequence_lengths, scale, sliding_window, launches, max(1, wanted), 0)
+    most = min(longest // 256, 64, _most_splits(query))
+    splits = even_splits(fewest, multiprocessors(query.device), most)
+    return _attend(query, source, query_starts, sequence_lengths, scale, sliding_window, launches, splits, 0)
 
 
 def deterministic_paged_attention(
@@ -108,6 +109,17 @@ def packed_attention(
         launch = Launch(cut, _tiles(query.shape[0], sequences, cut.rows * source.kv_heads // query.shape[1]))
     fixed = FIXED_SPLIT if deterministic else 0
     return _attend(query, source, query_starts, lengths, scale, sliding_window, [launch], 1, fixed)
+
+
+def even_splits(programs: int, multiprocessors: int, most: int) -> int:
+    """Into how many parts to cut the keys: as few as give each multiprocessor two programs, and the busiest of them no
+    more than an eighth above its share, if all sequences are of one length."""
+    for splits in range(1, most + 1):
+        all_programs = programs * splits
+        busiest = -(-all_programs // multiprocessors)
+        if all_programs >= 2 * multiprocessors and 8 * busiest * multiprocessors <= 9 * all_programs:
+            return splits
+    return max(1, most)
 
 
 def few_cut(group: int, head_size: int, itemsize: int) -> Cut:
