@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from puna.runtime.accelerator import DeviceMemory, Event, Graph
+from puna.runtime.accelerator import DeviceMemory, Event, Graph, NotRecordable
 
 T = TypeVar("T")
 GIB = 1 << 30
@@ -64,6 +64,7 @@ class FakeAccelerator:
         self.queued = self.reached = 0
         self.graphs: list[FakeGraph] = []
         self.error: tuple[int, Exception] | None = None
+        self.refusal: str | None = None  # to capture anything
         self.num_copies = 0
         self._work: list[tuple[int, Callable[[], None]]] = []
         self._condition = threading.Condition()
@@ -118,6 +119,8 @@ class FakeAccelerator:
 
     def capture(self, function: Callable[[], T]) -> tuple[Graph, T]:
         function()
+        if self.refusal is not None:
+            raise NotRecordable(self.refusal)
         self._is_capturing = True
         result = function()
         self._is_capturing = False

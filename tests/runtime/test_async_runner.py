@@ -324,6 +324,21 @@ def test_everything_is_captured_at_the_start_the_largest_first(model: LLaMAForCa
     assert sum(graph.num_replays for graph in accelerator.graphs) == 2
 
 
+def test_what_can_not_be_captured_runs_eagerly_and_says_so(
+    model: LLaMAForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator = FakeAccelerator()
+    accelerator.refusal = "an op waits for the device"
+    runner = asynchronous(model, accelerator)
+    steps = [begin(runner, {0: GREEDY})] + [go_on(runner, i, 0) for i in range(1, 6)]
+    found = [step.result().tokens[0].token_id for step in steps]
+    alone = Run(synchronous(model)).add("alone", [5], GREEDY).finish()
+    assert found == alone.found["alone"][0][:6]
+    assert [record.message for record in caplog.records].count(
+        "decode steps are not captured, which costs time: an op waits for the device"
+    ) == 1
+
+
 def test_the_largest_steps_have_all_tokens_and_rows(model: LLaMAForCausalLM) -> None:
     runner = asynchronous(model, FakeAccelerator())
     prefill, decode = runner.largest_prefill(), runner.largest_decode()

@@ -12,6 +12,10 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+class NotRecordable(RuntimeError):
+    """A model computes something that a recording leaves out, or that can't be captured."""
+
+
 class Event(Protocol):
     """A place in the device's stream of work."""
 
@@ -71,7 +75,8 @@ class Accelerator(Protocol):
         """What `function` queues, to be replayed, and its result, whose tensors a replay fills in.
 
         The function is called twice, and runs once before: kernels are compiled and workspaces allocated then. All
-        graphs share their memory: a result holds until another graph is replayed.
+        graphs share their memory: a result holds until another graph is replayed. Raises NotRecordable for what waits
+        for the device, or else can't be captured.
         """
         ...
 

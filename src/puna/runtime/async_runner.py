@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from puna.models import LLaMAForCausalLM
-from puna.runtime.accelerator import Accelerator, Event
+from puna.runtime.accelerator import Accelerator, Event, NotRecordable
 from puna.runtime.device_clock import DeviceClock
 from puna.runtime.device_sampling import PlainBatches, PlainRows, choose
 from puna.runtime.kv_pool import KVPool
@@ -27,6 +28,7 @@ from puna.scheduling.step_plan import StepPlan, StepResult, StepRow
 
 # How a step ends: on the device with its tokens, all of them the likeliest ones or not, or with its hidden states.
 _Ending = Literal["greedy", "drawn", "hidden"]
+_log = logging.getLogger(__name__)
 _NOTHING: Final = StepResult((), {}, {}, {})
 # Steps whose tokens the host may not have read: the one that runs, the one behind it, and one that is being read.
 _OUTCOMES: Final = 3
@@ -115,12 +117,12 @@ class AsyncModelRunner(ModelRunner):
         self.pool.copy_blocks(plan.copies)
         plain = self._plain.of(plan.rows)
         if plain is None:
-            return self._run_with_host(plan)
+            return self._run_with_host(plan, began)
         return self._launch_plain(plan, plain, began)
 
     def capture_all(self) -> None:
         """Captures the steps that devices end by themselves, of every bucket: the largest first, whose memory the
-        others then use, too."""
+        others then use, too. Raises NotRecordable."""
         endings: tuple[_Ending, ...] = ("drawn", "greedy")
         with torch.inference_mode():
             self._accelerator.use()
@@ -130,7 +132,7 @@ class AsyncModelRunner(ModelRunner):
                         columns = {"temperature": np.zeros(1, dtype=np.float32)}
                         plan = StepPlan((self._dummy_row(1),))
                         inputs = self.buffers.fill(plan, num_rows=bucket, width=width, draws=columns)
-                        self._graph(bucket, width, ending, inputs)
+                        self._capture((bucket, width, ending), inputs)
 
     def largest_prefill(self) -> StepPlan:
         """As many tokens and as many rows as a step can have, all in the dummy block and all chosen for."""
@@ -158,11 +160,7 @@ class AsyncModelRunner(ModelRunner):
 
     def _launch_plain(self, plan: StepPlan, plain: PlainRows, began: Event | None) -> PendingStep:
         ending: _Ending = "greedy" if plain.is_greedy else "drawn"
-        bucket, width, inputs = self._fill(plan, plain)
-        if bucket is None:
-            self._run(ending, inputs)
-        else:
-            self._graph(bucket, width, ending, inputs).run(inputs)
+        self._run_bucket(ending, *self._fill(plan, plain))
         self._places = plain.places
         outcome = self._outcomes[0]
         self._outcomes.append(self._outcomes.pop(0))
@@ -173,9 +171,7 @@ class AsyncModelRunner(ModelRunner):
 
         def finish() -> StepResult:
             ended.synchronize()
-            if self._tracer is not None and self._clock is not None and began is not None:
-                times = self._clock.times(began, ended)
-                self._tracer.span("gpu", "step", *times, {"tokens": plan.num_tokens, "sequences": len(plan.rows)})
+            self._trace_step(plan, began, ended)
             start, count = time.monotonic(), len(plain.sequence_ids)
             result = plain.take_over(outcome.tokens[:count].tolist(), outcome.highest[:count])
             if self._tracer is not None:
@@ -185,23 +181,32 @@ class AsyncModelRunner(ModelRunner):
         outcome.step = self._pending(finish)
         return outcome.step
 
-    def _run_with_host(self, plan: StepPlan) -> PendingStep:
+    def _run_with_host(self, plan: StepPlan, began: Event | None) -> PendingStep:
         """A step for which the host has to do something between logits and tokens."""
         if any(row.pooling is not None for row in plan.rows):
             result = self._pool_and_choose(plan)
         else:
             result = self._choose(plan, self._logits(plan))
+        if began is not None:
+            ended = self._accelerator.record(timed=True)
+            ended.synchronize()
+            self._trace_step(plan, began, ended)
         sampled = [sequence_id for row in plan.rows for sequence_id in row.sampled_ids]
         self._places = {sequence_id: place for place, sequence_id in enumerate(sampled)}
         if sampled:
             self.buffers.chosen[: len(sampled)].copy_(torch.tensor(self.sampler.last_tokens(sampled)))
         return self._pending(lambda: result)
 
+    def _trace_step(self, plan: StepPlan, began: Event | None, ended: Event) -> None:
+        if self._tracer is not None and self._clock is not None and began is not None:
+            times = self._clock.times(began, ended)
+            self._tracer.span("gpu", "step", *times, {"tokens": plan.num_tokens, "sequences": len(plan.rows)})
+
     def _logits(self, plan: StepPlan) -> Tensor:
         bucket, width, inputs = self._fill(plan, None)
         if bucket is None:
             return self._forward(inputs)
-        hidden = self._graph(bucket, width, "hidden", inputs).run(inputs)
+        hidden = self._run_bucket("hidden", bucket, width, inputs)
         return self.model.logits(hidden, inputs.logits_ids[: sum(row.wants_logits for row in plan.rows)])
 
     def _choose(self, plan: StepPlan, logits: Tensor) -> StepResult:
@@ -226,14 +231,27 @@ class AsyncModelRunner(ModelRunner):
         draws = None if plain is None else plain.draws(plan.rows)
         return bucket, width, self.buffers.fill(plan, self._last_token, bucket, width=width, draws=draws)
 
-    def _graph(self, bucket: int, width: int, ending: _Ending, inputs: StepInputs) -> CudaStepGraph:
-        graph = self._captured.get((bucket, width, ending))
-        if graph is None:
-            # The step runs before it is captured, and would then go on from the tokens that it chose itself.
-            chosen = self.buffers.chosen.clone()
-            graph = CudaStepGraph(functools.partial(self._run, ending), inputs, self._accelerator)
+    def _run_bucket(self, ending: _Ending, bucket: int | None, width: int, inputs: StepInputs) -> Tensor:
+        """What `_run` does, from a captured step where there is a bucket."""
+        if bucket is None:
+            return self._run(ending, inputs)
+        key = bucket, width, ending
+        try:
+            graph = self._captured.get(key) or self._capture(key, inputs)
+        except NotRecordable as reason:
+            self._buckets = ()
+            _log.warning("decode steps are not captured, which costs time: %s", reason)
+            return self._run(ending, inputs)
+        return graph.run(inputs)
+
+    def _capture(self, key: tuple[int, int, _Ending], inputs: StepInputs) -> CudaStepGraph:
+        # The step runs before it is captured, and would then go on from the tokens that it chose itself.
+        chosen = self.buffers.chosen.clone()
+        try:
+            graph = CudaStepGraph(functools.partial(self._run, key[-1]), inputs, self._accelerator)
+        finally:
             self.buffers.chosen.copy_(chosen)
-            self._captured[bucket, width, ending] = graph
+        self._captured[key] = graph
         return graph
 
     def _run(self, ending: _Ending, inputs: StepInputs) -> Tensor:

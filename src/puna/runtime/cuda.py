@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from puna.runtime.accelerator import DeviceMemory, Event, Graph
+from puna.runtime.accelerator import DeviceMemory, Event, Graph, NotRecordable
 
 T = TypeVar("T")
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 class CudaEvent:
     def __init__(self, timed: bool, stream: torch.cuda.Stream) -> None:
         # A waiting thread sleeps: a spinning one would take the processor from those that plan and launch.
-        self._event = torch.cuda.Event(enable_timing=timed, blocking=True)
+        self._event = torch.cuda.Event(enable_timing=timed, blocking=True)  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
     def synchronize(self) -> None:
@@ -24,7 +24,8 @@ class CudaEvent:
 
     def seconds_since(self, earlier: Event) -> float:
         assert isinstance(earlier, CudaEvent)
-        return earlier._event.elapsed_time(self._event) / 1000
+        seconds: float = earlier._event.elapsed_time(self._event) / 1000
+        return seconds
 
 
 class CudaAccelerator:
@@ -32,7 +33,7 @@ class CudaAccelerator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._capture_stream: torch.cuda.Stream | None = None
 
     def use(self) -> None:
@@ -49,7 +50,7 @@ class CudaAccelerator:
 
     def capture(self, function: Callable[[], T]) -> tuple[Graph, T]:
         if self._capture_stream is None:
-            self._capture_stream = torch.cuda.Stream(self.device)
+            self._capture_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
         usual, aside = torch.cuda.current_stream(self.device), self._capture_stream
         aside.wait_stream(usual)
@@ -59,8 +60,13 @@ class CudaAccelerator:
         graph = torch.cuda.CUDAGraph()
         # "thread_local": what other threads ask of the device meanwhile, such as whether a step has ended, is no part
         # of the capture, and must not break it.
-        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-            result = function()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+                result = function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # it has just run outside of a capture
+            raise NotRecordable(str(error)) from error
         return graph, result
 
     def memory(self) -> DeviceMemory:

@@ -163,11 +163,11 @@ class StepBuffers:
         if (lengths > num_blocks * self.block_size).any():
             _raise_no_room(rows, num_blocks.tolist(), self.block_size)
         ends = counts.cumsum()
+        of_row: Ints | slice = slice(None)
+        positions = firsts
         if total > count:
             of_row = np.arange(count).repeat(counts)
             positions = np.arange(total) + (lengths - ends)[of_row]
-        else:
-            of_row, positions = slice(None), firsts
         wanted = _wanted(rows, ends)
 
         if width is None:
@@ -321,8 +321,8 @@ def _parts(size: StepSize, num_windows: int, chooses: bool) -> tuple[_Part, ...]
     ]
     if chooses:
         wanted.append(("token_places", np.int64, (size.tokens,)))
-        columns = {"temperature": np.float32, "top_p": np.float64, "min_p": np.float32}
-        columns |= dict.fromkeys(("top_k", "seeds", "positions"), np.int64)
+        columns: dict[str, type[Any]] = {"temperature": np.float32, "top_p": np.float64, "min_p": np.float32}
+        columns |= {"top_k": np.int64, "seeds": np.int64, "positions": np.int64}
         wanted += [(name, dtype, (size.logits,)) for name, dtype in columns.items()]
     wanted += [(f"block_tables{i}", np.int32, (size.rows, size.blocks)) for i in windows]
     parts: list[_Part] = []

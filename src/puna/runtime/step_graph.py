@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from puna.ops import cpu
-from puna.runtime.accelerator import Accelerator
+from puna.runtime.accelerator import Accelerator, NotRecordable
 from puna.runtime.step_buffers import StepInputs
 
 
@@ -50,10 +50,6 @@ class EagerStepGraph:
 
     def run(self, inputs: StepInputs) -> Tensor:
         return self._forward(inputs)
-
-
-class NotRecordable(RuntimeError):
-    """A model computes something outside of the compiled kernels, which a recording leaves out."""
 
 
 class CpuStepGraph:
