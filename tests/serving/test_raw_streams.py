@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from typing import Any
 
+import httpx
 import pytest
 
+from puna.serving.connection import Connection
 from serving.conftest import Running
 from serving.test_fields import full  # noqa: F401  the model whose template knows tools and reasoning
 from serving.test_tools import SHORT, TIME
@@ -125,3 +128,19 @@ def test_an_echo_comes_before_the_rest_is_made(full: Running) -> None:  # noqa: 
                     break
     assert seen[0] == 3
     assert seen[1] < 200
+
+
+def test_no_piece_waits_for_the_one_before_it(full: Running, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Nagle's algorithm would hold the first token back until the client acknowledges the head: 40 milliseconds."""
+    seen = []
+    made = Connection.connection_made
+
+    def note(self: Connection, transport: asyncio.Transport) -> None:
+        made(self, transport)
+        connection = transport.get_extra_info("socket")
+        seen.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(Connection, "connection_made", note)
+    assert httpx.get(f"{full.url}/health").status_code == 200
+    assert len(seen) == 1
+    assert seen[0] != 0

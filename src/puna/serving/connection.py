@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -36,6 +37,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        _send_at_once(transport)
         self._start_timer()
         # uvicorn would answer by itself, in words of its own, and also those that were there before.
         limit, self.limit_concurrency = self.limit_concurrency, None
@@ -88,6 +90,14 @@ class Connection(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _send_at_once(transport: asyncio.Transport) -> None:
+    """asyncio does so only for sockets made with their protocol's number. Without it the first token waits for
+    the client to acknowledge the answer's head, which on a connection that was used before takes 40 milliseconds."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _chunk_writer(cycle: RequestResponseCycle) -> WriteChunk:
