@@ -406,6 +406,7 @@ def test_a_server_that_refuses_everything_is_told_at_once(puna: Puna, fake: Call
         (("--rate", "0"), "--rate is '0'"),
         (("--rate", "x"), "--rate is 'x'"),
         (("--duration", 5), "--duration alone would send requests without end"),
+        (("--duration", 0, "--rate", 5), "--duration is 0.0: give the seconds"),
         (("--goodput", "ttft"), "--goodput is 'ttft': give ttft, tpot, itl, e2el and milliseconds"),
         (("--goodput", "foo:5"), "--goodput is 'foo:5'"),
         (("--input-len", "0"), "--input-len is '0'"),
@@ -416,6 +417,11 @@ def test_a_server_that_refuses_everything_is_told_at_once(puna: Puna, fake: Call
 )
 def test_refusals(puna: Puna, more: Sequence[object], message: str) -> None:
     assert message in puna("bench", "serve", "http://127.0.0.1:1", *more).message
+
+
+def test_a_duration_in_which_nothing_is_due(puna: Puna, fake: Callable[..., Fake]) -> None:
+    done = puna("bench", "serve", fake(Model()).url, "--rate", 0.001, "--duration", 0.01)
+    assert "no request was due within --duration 0.01" in done.message
 
 
 def test_nobody_there(puna: Puna) -> None:

@@ -112,6 +112,8 @@ def bench_serve(
     if plot is not None:
         check_plot(plot)
     pace = _rate(rate)
+    if duration is not None and not 0 < duration < math.inf:
+        raise ValueError(f"--duration is {duration}: give the seconds in which requests are sent, above 0")
     if pace == math.inf and concurrency is None and num_requests is None and duration is not None:
         raise ValueError(
             "--duration alone would send requests without end: give --rate, --concurrency or --num-requests"
@@ -133,6 +135,8 @@ def bench_serve(
         fields=_fields(extra_body),
     )
     load, report = asyncio.run(_measure(client, load, limits))
+    if report.completed + report.failed == 0:
+        raise ValueError(f"no request was due within --duration {duration}: give a longer one, or a higher --rate")
     title = f"{url}, {load.model}: {_described(load, input_len, output_len)}"
     if plot is not None:
         from puna.cli.load_plot import draw
