@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fake_accelerator import FakeAccelerator
+from puna.runtime.block_tables import BlockTables
 from puna.runtime.step_buffers import StepBuffers, StepInputs
-from puna.runtime.step_graph import bucket_for, bucket_sizes
+from puna.runtime.step_graph import bucket_for, bucket_sizes, table_widths
 from puna.scheduling.step_plan import PENDING_TOKEN, StepPlan, StepRow
 
 SIZE = 4
@@ -135,26 +140,16 @@ def test_every_window_has_tables_of_its_own() -> None:
         it.fill(plan_of(row(1, 0, (9,), (3,))))
 
 
-def test_every_step_lies_at_the_same_addresses() -> None:
+def test_steps_of_a_bucket_come_in_the_same_tensors() -> None:
     it = buffers()
-
-    def addresses(inputs: StepInputs) -> list[int]:
-        attention = inputs.attention_params
-        tensors = (
-            inputs.input_ids,
-            inputs.position_ids,
-            inputs.logits_ids,
-            attention.query_starts,
-            attention.sequence_lengths,
-            attention.cache_tables[0].block_tables,
-            attention.cache_tables[0].slot_mapping,
-        )
-        return [tensor.data_ptr() for tensor in tensors]
-
-    first = addresses(it.fill(MIXED, {2: 77}.__getitem__))
     decode = plan_of(row(1, 5, (50,), (7, 9), sampled_ids=(1,)))
-    assert addresses(it.fill(decode)) == first
-    assert addresses(it.fill(decode, num_rows=2)) == first
+    first = it.fill(decode, num_rows=2)
+    it.fill(MIXED, {2: 77}.__getitem__)
+    assert it.fill(plan_of(row(2, 8, (51,), (1, 2, 3), sampled_ids=(2,))), num_rows=2) is first
+    assert it.fill(decode, num_rows=4) is not first
+    fresh = buffers().fill(plan_of(row(2, 8, (51,), (1, 2, 3), sampled_ids=(2,))), num_rows=2)
+    it.fill(plan_of(row(2, 8, (51,), (1, 2, 3), sampled_ids=(2,))), num_rows=2)
+    assert numbers(first) == numbers(fresh)
 
 
 def test_a_shorter_plan_after_a_longer_one() -> None:
@@ -182,3 +177,73 @@ def test_buckets(max_rows: int) -> None:
         assert rows <= bucket < max(rows + 8, 2 * rows)
     assert bucket_for(max_rows + 1, buckets) is None
     assert bucket_for(1, ()) is None
+
+
+def test_an_accelerator_gets_the_same_numbers_in_one_copy() -> None:
+    """Pending tokens come from where the last step left them; what is not of the plan is greedy padding."""
+    accelerator = FakeAccelerator()
+    it = StepBuffers(16, 6, 5, SIZE, accelerator)
+    it.chosen.copy_(torch.tensor([90, 91, 92, 93, 94, 95]))
+    found = numbers(it.fill(MIXED, {2: 4}.__getitem__))
+    assert found == numbers(buffers().fill(MIXED, {2: 94}.__getitem__))
+    decode = plan_of(
+        row(1, 5, (50,), (7, 9), sampled_ids=(1,)), row(2, 8, (PENDING_TOKEN,), (1, 2, 3), sampled_ids=(2,))
+    )
+    draws = {"temperature": np.array([0.5, 0.0], np.float32), "top_k": np.array([7, 97])}
+    before = accelerator.num_copies
+    inputs = it.fill(decode, {2: 1}.__getitem__, 4, width=3, draws=draws)
+    assert accelerator.num_copies == before + 1
+    assert inputs.input_ids.tolist() == [50, 91, 0, 0]
+    assert inputs.attention_params.cache_tables[0].block_tables.tolist() == [[7, 9, 0], [1, 2, 3], [0] * 3, [0] * 3]
+    assert inputs.draws is not None
+    assert inputs.draws.temperature.tolist() == [0.5, 0, 0, 0]
+    assert inputs.draws.top_k.tolist() == [7, 97, 0, 0]
+    tensors = (inputs.position_ids, inputs.draws.top_p, inputs.attention_params.query_starts, inputs.draws.temperature)
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def test_pinned_memory_is_written_again_only_once_it_was_read() -> None:
+    """Three steps while the device stands still: the third must wait for the first one's copy."""
+    accelerator = FakeAccelerator(runs_freely=False)
+    it = StepBuffers(16, 6, 5, SIZE, accelerator)
+    plans = [plan_of(row(i, 0, (50 + i,), (i,), sampled_ids=(i,))) for i in (1, 2, 3)]
+    for plan in plans[:2]:
+        it.fill(plan)
+    assert accelerator.reached == 0
+    accelerator.runs_freely = True
+    it.fill(plans[2])
+    assert accelerator.reached == 2  # the copy, and the event behind it
+    accelerator.go()
+
+
+def test_tables_of_many_sequences() -> None:
+    """Those that come again have their tables still, or get them anew; nobody sees another one's."""
+    tables, chooser = BlockTables(max_rows=4, max_blocks=6, num_windows=1), random.Random(0)
+    blocks = {i: ((tuple(range(10 * i, 10 * i + 1 + i % 6))),) for i in range(30)}
+    for _ in range(200):
+        for i in chooser.sample(range(30), 3):
+            if chooser.random() < 0.3:
+                blocks[i] = (tuple(chooser.randrange(1, 500) for _ in range(chooser.randrange(1, 7))),)
+        rows = [StepRow(i, 0, (1,), blocks[i], 1) for i in chooser.sample(range(30), chooser.randrange(1, 5))]
+        places, counts = tables.places(rows)
+        assert len(set(places.tolist())) == len(rows)
+        for place, count, one in zip(places, counts, rows, strict=True):
+            assert count == len(one.block_ids[0])
+            assert tables.arrays[0][place].tolist() == [*one.block_ids[0], *[0] * (6 - count)]
+
+
+def test_buckets_of_many_rows_grow_coarser_and_never_far_apart() -> None:
+    buckets = bucket_sizes(1024)
+    assert len(buckets) < 64
+    for rows in range(1, 1025):
+        bucket = bucket_for(rows, buckets)
+        assert bucket is not None
+        assert bucket - rows < max(8, rows / 7)
+
+
+@pytest.mark.parametrize("max_blocks", [1, 16, 63, 64, 65, 256, 300, 8192])
+def test_widths_of_tables(max_blocks: int) -> None:
+    widths = table_widths(max_blocks, 16)
+    assert widths[-1] == max_blocks
+    assert all(4 * small >= large > small for small, large in itertools.pairwise(widths))
+    assert widths[0] == min(64, max_blocks)

@@ -13,11 +13,12 @@ from puna.layers.pieces import torch_dtype
 from puna.models import LLaMAForCausalLM
 from puna.models.llama import LLaMAModel
 from puna.ops import cpu
+from puna.runtime.accelerator import NotRecordable
 from puna.runtime.kv_pool import KVPool
 from puna.runtime.pooler import Pooler
 from puna.runtime.sampler import Sampler, candidates, token_logprobs
 from puna.runtime.step_buffers import StepBuffers, StepInputs
-from puna.runtime.step_graph import CpuStepGraph, EagerStepGraph, NotRecordable, StepGraph, bucket_for, bucket_sizes
+from puna.runtime.step_graph import CpuStepGraph, EagerStepGraph, StepGraph, bucket_for, bucket_sizes
 from puna.runtime.tracing import Tracer
 from puna.scheduling.step_plan import PromptLogprobs, StepPlan, StepResult
 
