@@ -68,7 +68,6 @@ TILES: Final = MappingProxyType(
         "32x256/1 pairs": Tile(32, 2, 1, 1, beside=4),
         "64x64/4": Tile(64, 1, 4, 1, beside=2),
         "64x128/2": Tile(64, 1, 2, 1, beside=4),
-        "64x256/1": Tile(64, 1, 1, 1, beside=8),
     }
 )
 # For all numbers of rows alike, in deterministic mode, and the one of gated layers.

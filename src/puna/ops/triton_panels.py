@@ -121,8 +121,8 @@ def panel_sums(  # type: ignore[no-untyped-def]
     k = tl.arange(0, S)[None, :, None, None] * 32 + tl.arange(0, 32)[None, None, None, :]
     rows = rows + k
     total = tl.zeros((P * S, 32 * R, BLOCK_T), tl.float32)
-    # The number of stages is said here, since otherwise only what a dot multiplies is copied ahead: each step would wait
-    # for its scales.
+    # The number of stages is said here, since otherwise only what a dot multiplies is copied ahead: each step would
+    # wait for its scales.
     for n in tl.range(0, tl.cdiv(blocks, S), num_stages=3, loop_unroll_factor=UNROLL):
         w = tl.load(codes) if EVEN else tl.load(codes, mask=n * S + block < blocks, other=0)
         a = centred_codes(w, magic, BITS, DTYPE)
