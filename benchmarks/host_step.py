@@ -87,7 +87,15 @@ def measure(sequences: int, temperature: float, steps: int) -> dict[str, float]:
     scheduler = Scheduler(limits, BlockManager((blocks,), BLOCK))
     params = SamplingParams(temperature=temperature, max_tokens=CONTEXT - PROMPT, ignore_eos=True)
     for i in range(sequences):
-        scheduler.add(Request(str(i), tuple(range(PROMPT)), params, max_tokens=CONTEXT - PROMPT, seed=i))
+        scheduler.add(
+            Request(
+                request_id=str(i),
+                prompt_token_ids=tuple(range(PROMPT)),
+                params=params,
+                max_tokens=CONTEXT - PROMPT,
+                seed=i,
+            )
+        )
     times: defaultdict[str, list[float]] = defaultdict(list)
     in_flight: PendingStep | None = None
     for step in range(WARM_UP + steps):
