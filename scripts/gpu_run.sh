@@ -35,7 +35,9 @@ stage() {
       # Most of the time goes to compiling kernels, on the host: in eight processes where pytest-xdist is there.
       workers=()
       if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
-      OMP_NUM_THREADS=2 timeout 570 "$python" -m pytest tests/triton --durations 20 -p no:cacheprovider "${workers[@]}"
+      # Interrupted rather than ended, pytest still tells what failed; each test has a line of its own.
+      OMP_NUM_THREADS=2 timeout -s INT -k 20 550 "$python" -m pytest tests/triton -vv --durations 20 \
+        -p no:cacheprovider "${workers[@]}"
       ;;
     limits) bench --parts limits,single ;;
     offline-short) bench --parts offline --rows 128/128,128/2048,500/2000,1000/1000,2048/128 ;;
