@@ -47,3 +47,4 @@ def prefill() -> None:
 def deterministic() -> None:
     for cache in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
         _launch(64, 64, 4096, cache, True)
+        _launch(1, 1, 8192, cache, True)

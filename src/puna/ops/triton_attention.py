@@ -189,16 +189,18 @@ def _paged(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: 
         if width != head_size + 4 or block_size * head_size % 4:
             raise ValueError(f"the int8 cache has rows of {width} bytes: heads of {head_size} need {head_size + 4}")
         # Of the memory as a row of float32, from where the first chunk's scales are.
-        scales = [cache.view(torch.float32).view(-1)[block_size * head_size // 4 :] for cache in caches]
-        pairs = [cache.view(torch.int16) for cache in caches]
-        return Source(*pairs, *scales, block_tables, "int8", block_size, kv_heads, itemsize)
+        key_scales, value_scales = (
+            cache.view(torch.float32).view(-1)[block_size * head_size // 4 :] for cache in caches
+        )
+        keys, values = (cache.view(torch.int16) for cache in caches)
+        return Source(keys, values, key_scales, value_scales, block_tables, "int8", block_size, kv_heads, itemsize)
     if width != head_size:
         raise ValueError(f"the cache has rows of {width} numbers: heads have {head_size}")
     if key_cache.dtype == torch.float8_e4m3fn:
         if capability(key_cache.device) < (8, 9):
             raise ValueError("this GPU has no FP8: use a cache of the model's dtype or int8")
-        pairs = [cache.view(torch.int16) for cache in caches]
-        return Source(*pairs, *pairs, block_tables, "fp8", block_size, kv_heads, itemsize)
+        keys, values = (cache.view(torch.int16) for cache in caches)
+        return Source(keys, values, keys, values, block_tables, "fp8", block_size, kv_heads, itemsize)
     return Source(*caches, *caches, block_tables, "float", block_size, kv_heads, itemsize)
 
 
@@ -272,7 +274,7 @@ def _attend(
             source.block_tables.stride(0),
             FEW=launch.each_sequence,
             FIRST_OF_MANY=launch.first,
-            SPLITS=splits,
+            SPLIT=splits > 1,
             FIXED=fixed,
             WINDOWED=sliding_window is not None,
             KIND=source.kind,
@@ -288,6 +290,16 @@ def _attend(
         )
     if splits > 1:
         combine_kernel[(tokens, heads)](
-            highest, totals, sums, output, tokens, SPLITS=splits, FIXED=fixed > 0, HEADS=heads, D=size, num_warps=4
+            highest,
+            totals,
+            sums,
+            output,
+            tokens,
+            splits,
+            SPLITS=triton.next_power_of_2(splits),
+            FIXED=fixed > 0,
+            HEADS=heads,
+            D=size,
+            num_warps=4,
         )
     return output

@@ -207,7 +207,11 @@ def _attend(  # type: ignore[no-untyped-def]
     return highest, total, sums, odd_sums
 
 
-@triton.jit
+# Numbers that change from step to step must not each be compiled for.
+@triton.jit(
+    do_not_specialize=["sequences", "tokens", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "query_starts", "sequence_lengths"],
+)
 def attention_kernel(  # type: ignore[no-untyped-def]
     query,
     keys,
@@ -234,7 +238,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     table_stride,
     FEW: tl.constexpr,
     FIRST_OF_MANY: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     FIXED: tl.constexpr,
     WINDOWED: tl.constexpr,
     KIND: tl.constexpr,
@@ -251,7 +255,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
     FEW: program i takes sequence i if it has no more tokens than fit a tile; else tiles of all sequences are counted
     through, and those of sequences of FIRST_OF_MANY - 1 tokens or less are left to others.
-    SPLITS: with more than one, results go to the partial_... [SPLITS, T, H] and [SPLITS, T, H, D].
+    SPLIT: the third axis has several programs, and results go to partial_... [splits, T, H] and [splits, T, H, D].
     FIXED: keys after which sums start anew; 0 where they need not.
     """
     TOKENS: tl.constexpr = M // GROUP
@@ -313,12 +317,12 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     begin, end = oldest // N * N, last_position + 1
     if FIXED > 0:
         begin = oldest // FIXED * FIXED
-        if SPLITS > 1:
+        if SPLIT:
             begin = split * FIXED
             end = tl.minimum(end, begin + FIXED)
             begin = tl.maximum(begin, oldest // N * N)
-    elif SPLITS > 1:
-        part = tl.cdiv(tl.cdiv(end - begin, SPLITS), N) * N
+    elif SPLIT:
+        part = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(2)), N) * N
         begin += split * part
         end = tl.minimum(end, begin + part)
 
@@ -327,7 +331,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([M, N] if M <= 16 and FIXED == 0 else [M], tl.float32)
     sums = tl.zeros([M, D_PADDED // 2 if PAIRED else D_PADDED], tl.float32)
     odd_sums = tl.zeros([M, D_PADDED // 2 if PAIRED else 1], tl.float32)
-    if FIXED > 0 and SPLITS == 1:
+    if FIXED > 0 and not SPLIT:
         for first in range(begin, end, FIXED):
             highest2, total2, sums2, odd_sums2 = _attend(
                 q, odd_q, positions, keys, values, key_scales, value_scales, table, outer_stride, scale_stride,
@@ -369,7 +373,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         sums, odd_sums = sums / WEIGHT_SHIFT, odd_sums / WEIGHT_SHIFT
     result = tl.interleave(sums, odd_sums) if PAIRED else sums
     mask = real[:, None] & (d < D)[None, :]
-    if SPLITS == 1:
+    if not SPLIT:
         result = result / tl.where(total == 0.0, 1.0, total)[:, None]
         out = output + row[:, None] * HEADS * D + head[:, None] * D + d[None, :]
         tl.store(out, rounded(result, output.dtype.element_ty), mask=mask)
@@ -381,19 +385,23 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         tl.store(partial_sums + at[:, None] * D + d[None, :], result, mask=mask & (total > 0.0)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def combine_kernel(  # type: ignore[no-untyped-def]
     partial_highest,
     partial_totals,
     partial_sums,
     output,
     tokens,
+    splits,
     SPLITS: tl.constexpr,
     FIXED: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The result of a token and head from its splits: all at once, or one by one as a program without splits would."""
+    """The result of a token and head from its splits: all at once, or one by one as a program without splits would.
+
+    SPLITS: a power of two that is not below `splits`.
+    """
     D_PADDED: tl.constexpr = triton.next_power_of_2(D)
     token, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, D_PADDED)
@@ -403,7 +411,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
         total = tl.zeros([1], tl.float32)
         sums = tl.zeros([1, D_PADDED], tl.float32)
         none = tl.zeros([1, 1], tl.float32)
-        for split in range(SPLITS):
+        for split in range(splits):
             at = first + split * tokens * HEADS + tl.arange(0, 1)
             highest2, total2 = tl.load(partial_highest + at), tl.load(partial_totals + at)
             mask = (d < D)[None, :] & (total2 > 0.0)[:, None]
@@ -416,10 +424,10 @@ def combine_kernel(  # type: ignore[no-untyped-def]
             mask=(d < D)[None, :],
         )
     else:
-        z = tl.arange(0, triton.next_power_of_2(SPLITS))
+        z = tl.arange(0, SPLITS)
         at = z.to(tl.int64) * tokens * HEADS + first
-        highest = tl.load(partial_highest + at, mask=z < SPLITS, other=float("-inf"))
-        total = tl.load(partial_totals + at, mask=z < SPLITS, other=0.0)
+        highest = tl.load(partial_highest + at, mask=z < splits, other=float("-inf"))
+        total = tl.load(partial_totals + at, mask=z < splits, other=0.0)
         mask = (d < D)[None, :] & (total > 0.0)[:, None]
         sums = tl.load(partial_sums + at[:, None] * D + d[None, :], mask=mask, other=0.0)
         top = tl.max(highest, 0)

@@ -13,9 +13,9 @@ from puna.ops import triton_tuning
 from puna.ops.triton_attention import packed_attention
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 except ImportError:  # before PyTorch 2.10
-    varlen_attn = None
+    varlen = None  # type: ignore[assignment]
 
 
 def prompt_attention(
@@ -50,7 +50,7 @@ def variants(query: Tensor, lengths: tuple[int, ...], sliding_window: int | None
     """Those that may serve these prompts: PyTorch's have no windows that are worth it, and "varlen" no float32."""
     if sliding_window is not None or query.device.type != "cuda":
         return ("triton",)
-    if varlen_attn is None or query.dtype == torch.float32 or len(lengths) == 1:
+    if varlen is None or query.dtype == torch.float32 or len(lengths) == 1:
         return ("triton", "library")
     return ("triton", "library", "varlen")
 
@@ -70,9 +70,10 @@ def run_variant(
     starts, counts = _on_device(lengths, query.device)
     if variant == "varlen":
         longest, grouped = max(lengths), query.shape[1] != key.shape[1]
-        result: Tensor = varlen_attn(
+        result = varlen.varlen_attn(
             query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
         )
+        assert isinstance(result, Tensor)  # not a pair: nothing else was asked for
         return result
     return packed_attention(query, key, value, starts, counts, scale, sliding_window, deterministic=False)
 
@@ -88,7 +89,7 @@ def _library(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]
         while first + same < len(lengths) and lengths[first + same] == length:
             same += 1
         rows = slice(start, start + same * length)
-        q, k, v = (part[rows].unflatten(0, (same, length)).transpose(1, 2) for part in (query, key, value))
+        q, k, v = (part[rows].view(same, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
         one = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1, scale=scale, enable_gqa=grouped)
         output[rows] = one.transpose(1, 2).flatten(0, 1)
         first, start = first + same, rows.stop
