@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from puna import ops
+from puna.config import LLaMAConfig
+from puna.distributed import NullCommunicator
+from puna.layers import pieces
+from puna.layers.mlp import GatedMLP
+from puna.layers.moe import MoE
+from puna.layers.pieces import Piece, PiecewiseModule
 from puna.ops import reference, triton_experts
 from puna.ops.panels import PanelFormat, Panels
-from puna.ops.scaled import ScaledWeight
+from puna.ops.scaled import FP8, ScaledWeight
 from puna.quantization import weight_format
 
 EXPERTS, TOP, HIDDEN, INNER = 5, 2, 96, 160
@@ -183,47 +190,115 @@ def test_experts_that_do_not_fit_are_refused(device: torch.device) -> None:
         triton_experts.route_experts(logits, 4)
 
 
-def _compile(experts: list[Any], proj: list[Any], hidden: int, dtype: torch.dtype) -> None:
-    """Decode steps of few and of some tokens, and a prompt."""
+@pytest.mark.parametrize("quant", ["stored", "fp8", "fp8-block", "int4"])
+def test_moe_gives_its_experts_to_one_op(quant: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LLaMAConfig(
+        architecture="MixtralForCausalLM",
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_size=16,
+        hidden_size=64,
+        mlp_hidden_size=128,
+        vocab_size=64,
+        max_position_embeddings=64,
+        num_experts=3,
+        experts_per_token=2,
+        dtype="bfloat16",
+        quant=quant,
+    )
+    monkeypatch.setattr(pieces, "dense_layout", lambda device: "rows")
+    monkeypatch.setattr(ops, "backends_for", lambda device: (ops.TritonBackend(), ops.ReferenceBackend()))
+    with torch.device(device):
+        moe = MoE(config, NullCommunicator())
+    for number, (_, piece) in enumerate(module_pieces(moe)):
+        piece.write(numbers(*piece.full_shape, dtype=torch.float32, device=device, seed=number, scale=0.1))
+    monkeypatch.setattr(moe, "_one_by_one", None)  # which asks the device how many rows an expert has
+    x = numbers(2, 3, 64, dtype=torch.bfloat16, device=device)
+    found = moe(x)
+    tokens = x.flatten(0, 1)
+    logits = moe.router(tokens)
+    weights = [[layer(expert) for expert in moe.experts] for layer in (gate_up_of, proj_of)]
+    expected = reference.experts(tokens, logits, weights[0], weights[1], 2, "silu")
+    assert found.shape == x.shape
+    # The reference rounds weights of int4 to bfloat16, and no inputs to FP8, of which three bits are left.
+    bound = {"stored": 5e-3, "int4": 1e-2}.get(quant, 8e-2)
+    assert relative(found.flatten(0, 1), expected) < bound
+
+
+def module_pieces(moe: MoE) -> Iterator[tuple[str, Piece]]:
+    for name, module in moe.named_modules():
+        if isinstance(module, PiecewiseModule):
+            for piece in module.pieces():
+                yield f"{name}.{piece.name}", piece
+
+
+def gate_up_of(expert: nn.Module) -> Tensor:
+    assert isinstance(expert, GatedMLP)
+    return torch.cat([piece.read() for piece in expert.gate_up.pieces()]).bfloat16()
+
+
+def proj_of(expert: nn.Module) -> Tensor:
+    assert isinstance(expert, GatedMLP)
+    return expert.proj.pieces()[0].read().bfloat16()
+
+
+def _compile(experts: list[Any], proj: list[Any]) -> None:
+    """Mixtral 8x7B: decode steps of few and of some tokens, and a prompt."""
     for tokens in (2, 64, 4096):
-        x, logits = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, len(experts), dtype=dtype)
+        x, logits = (torch.empty(tokens, size, dtype=torch.bfloat16) for size in (4096, 8))
         if isinstance(experts[0], Panels):
             triton_experts.panel_experts(x, logits, experts, proj, 2, "silu")
         else:
             triton_experts.experts(x, logits, experts, proj, 2, "silu")
 
 
+# The experts share memory, since only addresses matter.
+SHAPES = ((2 * 14336, 4096), (4096, 14336))
+
+
 def compile_rows() -> None:
-    """Mixtral 8x7B in bfloat16; the experts share memory, since only addresses matter."""
-    first, second = torch.empty(2 * 14336, 4096, dtype=torch.bfloat16), torch.empty(4096, 14336, dtype=torch.bfloat16)
-    _compile([first] * 8, [second] * 8, 4096, torch.bfloat16)
+    first, second = (torch.empty(shape, dtype=torch.bfloat16) for shape in SHAPES)
+    _compile([first] * 8, [second] * 8)
 
 
 def compile_fp8() -> None:
-    first, second = (torch.empty(*shape, dtype=torch.float8_e4m3fn) for shape in ((2 * 14336, 4096), (4096, 14336)))
-    _compile(
-        [ScaledWeight(first, torch.empty(2 * 14336, 1))] * 8, [ScaledWeight(second, torch.empty(4096, 1))] * 8, 4096,
-        torch.bfloat16,
-    )  # fmt: skip
+    first, second = (ScaledWeight(torch.empty(s, dtype=FP8), torch.empty(s[0], 1)) for s in SHAPES)
+    _compile([first] * 8, [second] * 8)
 
 
 def compile_fp8_blocks() -> None:
-    first, second = (torch.empty(*shape, dtype=torch.float8_e4m3fn) for shape in ((2 * 14336, 4096), (4096, 14336)))
-    _compile(
-        [ScaledWeight(first, torch.empty(224, 32))] * 8, [ScaledWeight(second, torch.empty(32, 112))] * 8, 4096,
-        torch.bfloat16,
-    )  # fmt: skip
+    first, second = (ScaledWeight(torch.empty(s, dtype=FP8), torch.empty(s[0] // 128, s[1] // 128)) for s in SHAPES)
+    _compile([first] * 8, [second] * 8)
 
 
 def compile_int4() -> None:
     form = PanelFormat(bits=4)
-    shapes = (2 * 14336, 4096), (4096, 14336)
-    first, second = (Panels(torch.empty(form.buffer_shape(*s), dtype=torch.uint8), form, *s) for s in shapes)
-    _compile([first] * 8, [second] * 8, 4096, torch.bfloat16)
+    first, second = (Panels(torch.empty(form.buffer_shape(*s), dtype=torch.uint8), form, *s) for s in SHAPES)
+    _compile([first] * 8, [second] * 8)
 
 
 def compile_int8() -> None:
     form = PanelFormat(bits=8)
-    shapes = (2 * 14336, 4096), (4096, 14336)
-    first, second = (Panels(torch.empty(form.buffer_shape(*s), dtype=torch.uint8), form, *s) for s in shapes)
-    _compile([first] * 8, [second] * 8, 4096, torch.bfloat16)
+    first, second = (Panels(torch.empty(form.buffer_shape(*s), dtype=torch.uint8), form, *s) for s in SHAPES)
+    _compile([first] * 8, [second] * 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rows", "fp8", "fp8_blocks", "int4", "int8"])
+def test_compiled_for_hopper(kind: str, compiled_for_hopper: Callable[[str], list[dict[str, Any]]]) -> None:
+    kernels = compiled_for_hopper(f"test_experts.compile_{kind}")
+    matmuls = [kernel for kernel in kernels if "group" in kernel["kernel"]]
+    assert len(matmuls) == 6
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert not kernel.get("LDL"), kernel
+        assert not kernel.get("STL"), kernel
+    for kernel in matmuls:
+        assert kernel["LDGSTS"] > 0, kernel
+    # Hopper's own tensor cores where there are rows for them; two blocks a multiprocessor where there are not.
+    own = "QGMMA" if kind.startswith("fp8") else "HGMMA"
+    for kernel in matmuls[4:] if kind.startswith("int") else matmuls[2:]:
+        assert kernel.get(own), kernel
+    for kernel in matmuls[:2]:
+        assert 2 * kernel["shared"] <= 227 * 1024, kernel

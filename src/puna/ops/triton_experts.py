@@ -63,7 +63,7 @@ def _choose(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def route_kernel(
+def route_kernel(  # type: ignore[no-untyped-def]
     logits,
     weights,
     indices,
@@ -77,7 +77,7 @@ def route_kernel(
     TOP_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SORT: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """The experts of ROWS tokens; with SORT, of all tokens, and each block writes its expert's part of `order`."""
     program = tl.program_id(0)
     row = tl.arange(0, ROWS)
@@ -196,9 +196,10 @@ def deterministic_panel_experts(
 
 # The tiles of the gated matmul, which has two sets of sums, and of the one after it. With few rows an expert they read
 # weights at the rate of memory: 16 rows is the least that tensor cores take, and 32 outputs make 896 and 256 blocks for
-# two experts of Mixtral, of which 3 to 6 are at once on a multiprocessor with 48 KB on their way each. From 64 rows on
-# they are Hopper's own instructions; 128 x 256 sums are half of the registers.
-_FEW: Final = (Tile(16, 32, 256, warps=4, stages=4), Tile(16, 32, 256, warps=4, stages=4))
+# two experts of Mixtral, of which a multiprocessor has 3 and 2 at once, with 48 and 40 KB of weights on their way each
+# (37 KB in all is what the bandwidth needs). From 64 rows on they are Hopper's own instructions; 128 x 256 sums are
+# half of the registers.
+_FEW: Final = (Tile(16, 32, 256, warps=4, stages=4), Tile(16, 32, 256, warps=4, stages=6))
 _SOME: Final = (Tile(64, 64, 128, warps=4, stages=4), Tile(64, 128, 128, warps=4, stages=4))
 _MANY: Final = (Tile(128, 128, 128, warps=8, stages=4), Tile(128, 256, 128, warps=8, stages=4))
 # Where sums are scaled block by block, or weights unpacked in registers, these must hold more than the sums.

@@ -16,7 +16,7 @@ LONGEST_ROW = 65536
 
 
 @triton.jit
-def rms_norm_kernel(
+def rms_norm_kernel(  # type: ignore[no-untyped-def]
     x,
     residual,
     weight,
@@ -38,7 +38,7 @@ def rms_norm_kernel(
     ADD: tl.constexpr,
     MODE: tl.constexpr,
     DTYPE: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = tl.broadcast_to((column < SIZE)[None, :], (ROWS, BLOCK))

@@ -41,7 +41,7 @@ def gated(gate, up, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def rows_kernel(
+def rows_kernel(  # type: ignore[no-untyped-def]
     x,
     y,
     scales,
@@ -53,7 +53,7 @@ def rows_kernel(
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     MODE: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Rows of x to rows of SIZE: as they are, or with an ACTIVATION of their first half times their second."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -32,7 +32,7 @@ def rotate(first, second, cos, sin, DTYPE: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def rotary_kernel(
+def rotary_kernel(  # type: ignore[no-untyped-def]
     x,
     cos,
     sin,
@@ -44,7 +44,7 @@ def rotary_kernel(
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, BLOCK)
@@ -105,7 +105,7 @@ def cache_number(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def rotate_and_store_kernel(
+def rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     query,
     key,
     value,
@@ -131,7 +131,7 @@ def rotate_and_store_kernel(
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """A token's HEADS query heads, rotated in place, or HEADS of its keys and values, rotated and stored."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
