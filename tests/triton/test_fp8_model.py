@@ -18,8 +18,8 @@ from puna.runtime.kv_pool import KVPool
 
 CONFIG = LLaMAConfig(
     num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
+    num_heads=2,
+    num_kv_heads=1,
     head_size=64,
     hidden_size=160,
     mlp_hidden_size=192,
@@ -29,7 +29,7 @@ CONFIG = LLaMAConfig(
 )
 BLOCK = 16
 # Two prompts, then one more token of each.
-PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3), (27, 18, 28, 18))
+PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2), (27, 18))
 NEXT = (14, 15)
 
 
