@@ -9,11 +9,18 @@ from puna.ops.panels import PanelFormat, Panels
 from puna.ops.triton_linear import TILES
 
 INT4 = PanelFormat(bits=4)
+# What weights come in: int8 in groups of 16 has no minimums.
 FORMATS = tuple(
     PanelFormat(bits=bits, group_size=group, minimums=minimums)
-    for bits in (4, 8)
-    for group in (32, 16)
-    for minimums in (False, True)
+    for bits, group, minimums in (
+        (4, 32, False),
+        (4, 32, True),
+        (4, 16, False),
+        (4, 16, True),
+        (8, 32, False),
+        (8, 32, True),
+        (8, 16, False),
+    )
 )
 
 
