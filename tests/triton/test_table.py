@@ -1,0 +1,38 @@
+"""The table of Triton kernels: every op has an answer, and refusals say why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from puna.ops import OP_NAMES, OpSpec, TritonBackend, triton_experts, triton_rotary, triton_table
+
+SPEC = OpSpec(device=torch.device("cpu"), dtype=torch.bfloat16, head_size=128, differentiable=False)
+
+
+def test_every_op_has_a_launcher_or_a_reason() -> None:
+    answers = {op: triton_table.function(op, SPEC) for op in OP_NAMES}
+    reasons = {op: answer for op, answer in answers.items() if isinstance(answer, str)}
+    # Dense attention is for training and as the oracle; plain matrices are cuBLAS's.
+    assert set(reasons) == {"attention", "linear"}
+    assert all(callable(answer) for op, answer in answers.items() if op not in reasons)
+
+
+def test_sizes_that_a_kernel_does_not_take_are_refused_with_the_reason() -> None:
+    odd = dataclasses.replace(SPEC, head_size=127)
+    assert triton_table.function("rotate_and_store", SPEC) is triton_rotary.rotate_and_store
+    assert "heads of 127" in str(triton_table.function("rotate_and_store", odd))
+    assert "no kernel" in str(triton_table.function("attention", SPEC))
+
+
+def test_deterministic_mode_has_launchers_of_its_own() -> None:
+    strict = dataclasses.replace(SPEC, deterministic=True)
+    assert triton_table.function("experts", SPEC) is triton_experts.experts
+    assert triton_table.function("experts", strict) is triton_experts.deterministic_experts
+
+
+def test_gradients_are_left_to_the_reference() -> None:
+    assert TritonBackend().function("rms_norm", dataclasses.replace(SPEC, differentiable=True)) == (
+        "the kernels have no gradients"
+    )
