@@ -74,6 +74,8 @@ class Placement:
         workspace = 0
         # Captured steps have memory of their own.
         for plan in (runner.largest_prefill(), runner.largest_decode()):
+            runner.rehearse(plan, tune=True)  # measuring kernels takes memory of its own
+            self.accelerator.release_cached()
             self.accelerator.reset_peak()
             runner.rehearse(plan)
             workspace += self.accelerator.memory().peak - before.allocated

@@ -91,7 +91,12 @@ class Tuning:
         of any other device, defaults only."""
         if device.type != "cuda":
             return cls()
-        folder = folder or Path.home() / ".cache" / "puna"
+        if folder is None:
+            try:
+                folder = Path.home() / ".cache" / "puna"
+            except RuntimeError as error:  # a user without a home
+                _log.warning("what is measured of kernels is kept in no file: %s", error)
+                return cls(None, lambda calls: _time(device, calls))
         cuda = torch.version.cuda or "none"
         name = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} cuda {cuda}"
         return cls(folder / f"tuning-{re.sub('[^A-Za-z0-9.]+', '-', name)}.json", lambda calls: _time(device, calls))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from puna.models import LLaMAForCausalLM
+from puna.ops.triton_tuning import Tuning
 from puna.runtime.accelerator import Accelerator, Event, NotRecordable
 from puna.runtime.device_clock import DeviceClock
 from puna.runtime.device_sampling import PlainBatches, PlainRows, choose
@@ -102,6 +103,7 @@ class AsyncModelRunner(ModelRunner):
         self._latest: PendingStep | None = None
         self._places: dict[int, int] = {}  # in `chosen`, of the sequences that the latest step chose for
         self._clock = None if tracer is None else DeviceClock(accelerator)
+        self._tuning = Tuning.of_device(accelerator.device)
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.launch(plan).result()
@@ -109,6 +111,10 @@ class AsyncModelRunner(ModelRunner):
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Starts one step behind those that were launched before."""
+        with self._tuning.used(measure=False):
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> PendingStep:
         self._accelerator.use()
         self._take_notice(plan)
         if not plan.rows:
@@ -148,11 +154,12 @@ class AsyncModelRunner(ModelRunner):
         return StepPlan((self._dummy_row(1),) * self.buffers.max_rows)
 
     @torch.inference_mode()
-    def rehearse(self, plan: StepPlan) -> None:
-        """Runs a step whose tokens nobody wants, for the memory that it takes."""
+    def rehearse(self, plan: StepPlan, tune: bool = False) -> None:
+        """Runs a step whose tokens nobody wants, for the memory that it takes; with `tune`, to choose its kernels."""
         self._accelerator.use()
         columns = {"temperature": np.ones(len(plan.rows), dtype=np.float32)}
-        self._run("drawn", self.buffers.fill(plan, draws=columns))
+        with self._tuning.used(measure=tune):
+            self._run("drawn", self.buffers.fill(plan, draws=columns))
 
     def _dummy_row(self, length: int) -> StepRow:
         blocks = (DUMMY_BLOCK,) * -(-length // self.buffers.block_size)
@@ -248,7 +255,8 @@ class AsyncModelRunner(ModelRunner):
         # The step runs before it is captured, and would then go on from the tokens that it chose itself.
         chosen = self.buffers.chosen.clone()
         try:
-            graph = CudaStepGraph(functools.partial(self._run, key[-1]), inputs, self._accelerator)
+            with self._tuning.used():  # it measures in the run before, and never while it is captured
+                graph = CudaStepGraph(functools.partial(self._run, key[-1]), inputs, self._accelerator)
         finally:
             self.buffers.chosen.copy_(chosen)
         self._captured[key] = graph
