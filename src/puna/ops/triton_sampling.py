@@ -34,8 +34,11 @@ _WEIGHT_UNITS = tl.constexpr(34359738368.0)  # 2**35
 # Tokens of the edge's buckets that are listed, to be looked at again and again. Where there are more, as with logits
 # that are nearly all equal, the row itself is looked at: slower, and the same result.
 _LISTED: Final = 4096
+# One program goes over a row to list them: as many columns at once as registers hold, since each step waits for memory,
+# and copied ahead; then over the list, which is short.
+_LISTING_TILE: Final = 8192
 _CUT_TILE: Final = 1024
-_CUT_WARPS: Final = 8
+_CUT_WARPS: Final = 16
 _INFINITY = tl.constexpr(float("inf"))
 # Of what is not worth a name: beyond any sum of weights, which are below 2**53.
 _BEYOND = tl.constexpr(1 << 62)
@@ -116,7 +119,8 @@ def draw(
         listed_ids = torch.empty((rows, _LISTED), dtype=torch.int32, device=device)
         _cut_kernel[(rows,)](
             logits, stride, size, highest, temperature, top_k, top_p, histogram[0], histogram[1], listed, listed_ids,
-            least, last_id, LISTED=_LISTED, TILE=_CUT_TILE, num_warps=_CUT_WARPS, enable_fp_fusion=False,
+            least, last_id, LISTED=_LISTED, LISTING_TILE=_LISTING_TILE, TILE=_CUT_TILE, num_warps=_CUT_WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip
     tiles = triton.cdiv(size, _TILE)
     sums = torch.empty((rows, tiles), dtype=torch.int64, device=device)
@@ -325,6 +329,7 @@ def _cut_kernel(
     least,  # [R, 2]: logits, and scaled logits, below which tokens are out
     last_id,  # and of those level with that scaled logit, the ids behind this one
     LISTED: tl.constexpr,
+    LISTING_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Where top-k and top-p end, exactly: the tokens of the buckets in question are listed, and of their keys the one
@@ -360,8 +365,8 @@ def _cut_kernel(
         p_before = tl.max(tl.where(bucket < p_first, weight_ends, 0), 0)
 
         found = tl.full((), 0, tl.int32)
-        for start in range(0, size, TILE):
-            at = start + lane
+        for start in tl.range(0, size, LISTING_TILE, num_stages=3):
+            at = start + tl.arange(0, LISTING_TILE)
             value = tl.load(x + at, mask=at < size, other=-_INFINITY)
             its_bucket = _bucket(_scale(value.to(tl.float32), peak, heat))
             is_in = (its_bucket == k_bucket) | ((its_bucket >= p_first) & (its_bucket <= p_last))
