@@ -114,7 +114,7 @@ def test_experts_of_plain_weights(dtype: torch.dtype, tokens: int, device: torch
     assert found.dtype == dtype
     exact = in_float64(x, logits, gate_up, proj, TOP)
     expected = reference.experts(x, logits, gate_up, proj, TOP, "silu")
-    assert relative(found, exact) < (1e-6 if dtype == torch.float32 else 1.2 * relative(expected, exact) + 1e-4)
+    assert relative(found, exact) < (2e-6 if dtype == torch.float32 else 1.2 * relative(expected, exact) + 1e-4)
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8-block"])
@@ -127,7 +127,7 @@ def test_experts_in_fp8(name: str, tokens: int, device: torch.device) -> None:
     found = triton_experts.experts(x, logits, gate_up, proj, TOP, "silu")
     expected = reference.experts(x, logits, gate_up, proj, TOP, "silu")
     # Sums in another order round now and then to the other bfloat16, and that to the other e4m3.
-    assert relative(found, expected) < 6e-3
+    assert relative(found, expected) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_experts_in_panels(name: str, dtype: torch.dtype, device: torch.device) 
     expected = reference.panel_experts(x, logits, gate_up, proj, TOP, "gelu")
     for tiles in (triton_experts._panel_tiles(logits, TOP), triton_experts._MANY_MIXED):
         found = triton_experts._experts(x, logits, gate_up, proj, TOP, "gelu", tiles)
-        bound = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+        bound = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
         assert relative(found, expected) < bound, tiles
 
 
@@ -178,7 +178,7 @@ def test_all_tiles_agree(device: torch.device) -> None:
     x, logits = (numbers(20, n, dtype=torch.float32, device=device, seed=n) for n in (HIDDEN, EXPERTS))
     exact = in_float64(x, logits, gate_up, proj, TOP)
     for tiles in (triton_experts._FEW, triton_experts._SOME, triton_experts._MANY):
-        assert relative(triton_experts._experts(x, logits, gate_up, proj, TOP, "silu", tiles), exact) < 1e-6
+        assert relative(triton_experts._experts(x, logits, gate_up, proj, TOP, "silu", tiles), exact) < 2e-6
 
 
 def test_experts_that_do_not_fit_are_refused(device: torch.device) -> None:

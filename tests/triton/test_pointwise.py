@@ -54,7 +54,7 @@ def test_gated_activation(activation: str, dtype: torch.dtype, device: torch.dev
     error = (found.double() - expected).abs()
     lost = 4e-7 * (gate.double() * up.double()).abs() if "gelu" in activation else 0.0
     smallest = torch.finfo(dtype).tiny * step * 32
-    assert bool((error <= (8 if dtype == torch.float32 else 1.5) * step * expected.abs() + lost + smallest).all())
+    assert bool((error <= (16 if dtype == torch.float32 else 1.5) * step * expected.abs() + lost + smallest).all())
     if dtype != torch.float32 and activation in ("silu", "relu"):
         # Rounded where torch rounds: what is left of differences are those of exp's last bits.
         assert float((found != reference.gated_activation(gate_up, activation)).double().mean()) < 0.002

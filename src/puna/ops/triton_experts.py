@@ -228,7 +228,9 @@ def _tiles(logits: Tensor, experts_per_token: int, weight: Tensor | ScaledWeight
         return _FEW
     if _has_blocks(weight):
         return _SOME_MIXED if rows <= 96 else _MANY_MIXED
-    return _SOME if rows <= 96 else _MANY
+    # float32 has no tensor cores: its operands take registers beside the sums.
+    plain_float = isinstance(weight, Tensor) and weight.dtype == torch.float32
+    return _SOME if rows <= 96 or plain_float else _MANY
 
 
 def _panel_tiles(logits: Tensor, experts_per_token: int) -> _Tiles:
