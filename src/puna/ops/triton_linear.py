@@ -285,7 +285,7 @@ def _fuses(panels: Panels) -> bool:
 
 def _size(rows: int) -> int:
     """The rows of the tiles for so many."""
-    return min(max(triton.next_power_of_2(rows), 8), 64)
+    return min(max(triton_tuning.bucket(rows), 8), 64)
 
 
 def _suits(tile: Tile, rows: int) -> bool:

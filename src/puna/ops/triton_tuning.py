@@ -169,14 +169,18 @@ def _time(device: torch.device, calls: Sequence[Callable[[], object]]) -> list[f
     for _ in range(_ROUNDS):
         for call, works_, own in zip(calls, works, times, strict=True):
             if works_:
-                events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                events = _event(), _event()
                 flushed.zero_()
-                events[0].record()  # type: ignore[no-untyped-call]
+                events[0].record()
                 call()
-                events[1].record()  # type: ignore[no-untyped-call]
+                events[1].record()
                 own.append(events)
     torch.cuda.synchronize(device)
     return [statistics.median(a.elapsed_time(b) for a, b in own) / 1000 if own else None for own in times]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _runs(call: Callable[[], object]) -> bool:
