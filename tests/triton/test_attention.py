@@ -21,6 +21,11 @@ from puna.ops import triton_attention, triton_prompt, triton_rotary
 FP8 = torch.float8_e4m3fn
 
 
+def slow(*values: object) -> Any:
+    """Values of which the interpreter has seen enough in other combinations; a GPU takes no time for them."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def stored_as_int8(x: Tensor) -> Tensor:
     """[blocks, K, block size, D] -> int8 [blocks, K, block size, D + 4]: the codes of a chunk, then their scales."""
     scales = x.float().abs().amax(-1) / 127
@@ -111,13 +116,18 @@ def check(case: Case, device: torch.device, bound: float, seed: int = 0) -> None
         assert error(result, case.expected(*inputs)) < bound
 
 
-@pytest.mark.parametrize("cache", [torch.float32, FP8, torch.int8])
-@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("size", "cache"),
+    [(size, torch.float32) for size in (64, 80, 96, 128, 256)]
+    + [(80, FP8), (128, torch.int8)]
+    + [slow(size, FP8) for size in (64, 96, 128, 256)]
+    + [slow(size, torch.int8) for size in (64, 80, 96, 256)],
+)
 def test_sizes_of_heads(size: int, cache: torch.dtype, device: torch.device) -> None:
     check(Case([(19, 1), (33, 9)], size=size, cache=cache), device, 1e-5)
 
 
-@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("group", [1, slow(2), 3, slow(4), slow(5), slow(6), slow(7), 8])
 def test_heads_of_a_group(group: int, device: torch.device) -> None:
     check(Case([(70, 1), (7, 7), (40, 21), (1, 1)], heads=2 * group, kv_heads=2), device, 1e-5)
 
@@ -143,14 +153,16 @@ def test_types_of_caches(dtype: torch.dtype, cache: torch.dtype, bound: float, d
     check(Case([(75, 1), (40, 35), (3, 2)], dtype=dtype, cache=cache), device, bound)
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 16, 32, 64, 128, 48])
+@pytest.mark.parametrize("block_size", [1, slow(8), slow(16), slow(32), 64, slow(128), 48])
 def test_sizes_of_blocks(block_size: int, device: torch.device) -> None:
     check(Case([(70, 1), (33, 9)], block_size=block_size), device, 1e-5)
     check(Case([(70, 1), (33, 9)], block_size=block_size, cache=torch.int8), device, 1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 5, 64, 65, 1000])
-@pytest.mark.parametrize("cache", [torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    ("window", "cache"),
+    [(1, torch.float32), (65, torch.int8), slow(5, torch.int8), slow(64, torch.float32), slow(1000, torch.float32)],
+)
 def test_windows(window: int, cache: torch.dtype, device: torch.device) -> None:
     check(Case([(150, 1), (140, 40), (20, 20)], window=window, cache=cache), device, 1e-5)
 
@@ -169,12 +181,14 @@ def test_lengths_at_the_borders_of_blocks_and_tiles(device: torch.device) -> Non
     check(Case([(length, 2) for length in (2, 16, 17, 32, 33, 64, 65)] + [(64, 32), (33, 33)]), device, 1e-5)
 
 
-@pytest.mark.parametrize("cache", [torch.float32, FP8, torch.int8])
-@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize(
+    ("cache", "window"),
+    [(torch.float32, None), slow(FP8, 300), slow(torch.float32, 300), slow(FP8, None), slow(torch.int8, None)],
+)
 def test_keys_are_split(cache: torch.dtype, window: int | None, device: torch.device) -> None:
     """Room for many tokens gives splits, of which some have no keys."""
-    for sequences in ([(700, 1)], [(700, 3), (1, 1)], [(300, 20), (40, 1)]):
-        check(Case(sequences, cache=cache, window=window, spare_blocks=120), device, 1e-5)
+    for sequences in ([(700, 1)], [(300, 20), (40, 1)]):
+        check(Case(sequences, cache=cache, window=window, spare_blocks=80), device, 1e-5)
 
 
 def test_how_many_splits_fill_a_gpu() -> None:
@@ -218,7 +232,8 @@ def test_more_sequences_than_are_looked_at_together(device: torch.device) -> Non
     assert error(result, case.expected(*inputs)) < 1e-5
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shapes(data: st.DataObject, device: torch.device) -> None:
     lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))
@@ -239,8 +254,10 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8)
 
 
-@pytest.mark.parametrize("cache", [torch.bfloat16, FP8, torch.int8])
-@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize(
+    ("cache", "window"),
+    [(torch.bfloat16, None), slow(FP8, 37), slow(torch.int8, 37), slow(torch.int8, None), slow(FP8, None)],
+)
 def test_deterministic_bits_do_not_depend_on_chunks_or_neighbours(
     cache: torch.dtype, window: int | None, device: torch.device
 ) -> None:
@@ -260,14 +277,14 @@ def test_deterministic_bits_do_not_depend_on_chunks_or_neighbours(
     assert torch.equal(bits(attend(query[:80], roomy, [0, 80], [80])), bits(whole[:80]))
     for first, last in ((0, 43), (43, 80)):
         assert torch.equal(bits(attend(query[first:last], one, [0, last - first], [last])), bits(whole[first:last]))
-    for token in (0, 36, 37, 63, 64, 79):
+    for token in (0, 37, 64, 79):
         row = slice(token, token + 1)
         assert torch.equal(bits(attend(query[row], one, [0, 1], [token + 1])), bits(whole[row]))
     decode = attend(query[[79, 109, 110]], tables, [0, 1, 2, 3], [80, 67, 5])
     assert torch.equal(bits(decode), bits(whole[[79, 109, 110]]))
 
 
-@pytest.mark.parametrize("cache", [torch.float32, torch.int8])
+@pytest.mark.parametrize("cache", [torch.float32, slow(torch.int8)])
 def test_deterministic_bits_do_not_depend_on_who_adds_up_the_splits(
     cache: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +297,7 @@ def test_deterministic_bits_do_not_depend_on_who_adds_up_the_splits(
     assert torch.equal(bits(triton_attention.deterministic_paged_attention(*inputs, 32**-0.5, None)), bits(split))
 
 
-@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, FP8, torch.int8])
+@pytest.mark.parametrize("cache", [slow(torch.float32), slow(torch.bfloat16), FP8, torch.int8])
 def test_reads_what_rotate_and_store_writes(cache: torch.dtype, device: torch.device) -> None:
     random = torch.Generator().manual_seed(3)
     tokens, kv_heads, size, block_size = 37, 2, 64, 16
@@ -302,7 +319,7 @@ def test_reads_what_rotate_and_store_writes(cache: torch.dtype, device: torch.de
     assert error(result, exact.double()) < bound
 
 
-@pytest.mark.parametrize("window", [None, 30, 200])
+@pytest.mark.parametrize("window", [None, 30, slow(200)])
 def test_prompts_without_the_cache(window: int | None, device: torch.device) -> None:
     random = torch.Generator().manual_seed(4)
     lengths, size = (40, 1, 7, 7, 90), 64
