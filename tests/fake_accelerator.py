@@ -70,7 +70,7 @@ class FakeAccelerator:
         self._condition = threading.Condition()
         self._is_capturing = False
         self._owner: int | None = None
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, Tensor] = {}  # by address, which nothing else may have later
 
     # ---- what the tests say
 
@@ -90,7 +90,7 @@ class FakeAccelerator:
 
     def pinned(self, num_bytes: int) -> Tensor:
         memory = torch.zeros(num_bytes, dtype=torch.uint8)
-        self._pinned.add(memory.untyped_storage().data_ptr())
+        self._pinned[memory.untyped_storage().data_ptr()] = memory
         return memory
 
     def copy(self, target: Tensor, source: Tensor) -> None:

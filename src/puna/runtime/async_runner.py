@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -128,17 +129,15 @@ class AsyncModelRunner(ModelRunner):
 
     def capture_all(self) -> None:
         """Captures the steps that devices end by themselves, of every bucket: the largest first, whose memory the
-        others then use, too. Raises NotRecordable."""
+        others then use, too."""
         endings: tuple[_Ending, ...] = ("drawn", "greedy")
+        plan, columns = StepPlan((self._dummy_row(1),)), {"temperature": np.zeros(1, dtype=np.float32)}
         with torch.inference_mode():
             self._accelerator.use()
-            for bucket in reversed(self._buckets):
-                for width in reversed(self._widths):
-                    for ending in endings:
-                        columns = {"temperature": np.zeros(1, dtype=np.float32)}
-                        plan = StepPlan((self._dummy_row(1),))
-                        inputs = self.buffers.fill(plan, num_rows=bucket, width=width, draws=columns)
-                        self._capture((bucket, width, ending), inputs)
+            for bucket, width, ending in itertools.product(self._buckets[::-1], self._widths[::-1], endings):
+                if self._buckets:  # else something can't be captured
+                    inputs = self.buffers.fill(plan, num_rows=bucket, width=width, draws=columns)
+                    self._run_bucket(ending, bucket, width, inputs)
 
     def largest_prefill(self) -> StepPlan:
         """As many tokens and as many rows as a step can have, all in the dummy block and all chosen for."""
@@ -159,7 +158,8 @@ class AsyncModelRunner(ModelRunner):
         self._accelerator.use()
         columns = {"temperature": np.ones(len(plan.rows), dtype=np.float32)}
         with self._tuning.used(measure=tune):
-            self._run("drawn", self.buffers.fill(plan, draws=columns))
+            # Kernels may divide their work, and what they keep of it, by the width of the tables.
+            self._run("drawn", self.buffers.fill(plan, width=self.buffers.max_blocks, draws=columns))
 
     def _dummy_row(self, length: int) -> StepRow:
         blocks = (DUMMY_BLOCK,) * -(-length // self.buffers.block_size)
