@@ -94,8 +94,8 @@ def test_only_deterministic_mode_has_it() -> None:
 @pytest.mark.slow
 def test_tensor_cores_and_no_spills(compiled_for_hopper: Callable[[str], list[dict[str, Any]]]) -> None:
     kernels = compiled_for_hopper("linear_cases.dense")
-    assert len(kernels) == 6
-    for kernel in kernels[:4]:
+    assert len(kernels) == 3  # the same for 1 and 512 rows
+    for kernel in kernels[:2]:
         assert kernel["HGMMA"] >= 8, kernel
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel

@@ -42,7 +42,8 @@ _WIDE_OUTPUTS: Final = 128 * 132
 _TOGETHER: Final = 16
 
 
-@triton.jit
+# T is not specialised: one machine code for all numbers of rows.
+@triton.jit(do_not_specialize=["T"])
 def linear_kernel(  # type: ignore[no-untyped-def]
     x,  # [T, E]
     weight,  # [N, E]

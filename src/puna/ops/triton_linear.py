@@ -97,7 +97,8 @@ _MANY_ROWS: Final = 256
 _WRITTEN_OUT: Final = 1 << 26
 
 
-@triton.jit
+# T is not specialised: one machine code for all numbers of rows.
+@triton.jit(do_not_specialize=["T"])
 def panel_kernel(  # type: ignore[no-untyped-def]
     x,  # [T, E]
     words,  # int32, the panels
