@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from puna.ops import reference
+from puna.ops import OpSpec, reference
 
 pytest.importorskip("triton")
 
-from puna.ops import triton_attention, triton_prompt, triton_rotary
+from puna.ops import triton_attention, triton_prompt, triton_rotary, triton_table
 
 FP8 = torch.float8_e4m3fn
 
@@ -343,6 +343,18 @@ def test_deterministic_prompts_have_the_bits_of_the_cache(dtype: torch.dtype, de
     through = triton_attention.deterministic_paged_attention(query, keys, values, table, *rest, 0.125, None)
     beside = triton_prompt.deterministic_prompt_attention(query, key, value, [70], 0.125, None)
     assert torch.equal(bits(through), bits(beside))
+
+
+def test_the_table_gives_them_for_heads_that_fit() -> None:
+    def found(op: str, head_size: int, deterministic: bool) -> object:
+        device = torch.device("cuda")
+        spec = OpSpec(device=device, dtype=torch.bfloat16, head_size=head_size, deterministic=deterministic)
+        return triton_table.function(op, spec)
+
+    assert found("paged_attention", 128, False) is triton_attention.paged_attention
+    assert found("paged_attention", 128, True) is triton_attention.deterministic_paged_attention
+    assert found("prompt_attention", 80, True) is triton_prompt.deterministic_prompt_attention
+    assert "multiples of 4 up to 256" in str(found("paged_attention", 320, False))
 
 
 def test_caches_that_do_not_fit_are_refused(device: torch.device) -> None:
