@@ -52,9 +52,9 @@ format: $(INSTALLED)
 bench: $(INSTALLED) $(PEERS)/.installed
 	$(BIN)/python benchmarks/cpu_peers.py --peers-python $(PEERS)/bin/python $(BENCH_ARGS)
 
-# Half an hour on an H200, on which nothing else should run. Parts can be run one by one: see scripts/gpu_run.sh.
+# Three quarters of an hour on an H200, on which nothing else should run. Parts can be run one by one: see scripts/gpu_run.sh.
 bench-gpu:
-	PYTHON=$(PYTHON) scripts/gpu_run.sh $(GPU_OUT) limits offline-short offline-long rest beside trace
+	PYTHON=$(PYTHON) scripts/gpu_run.sh $(GPU_OUT) limits trace offline-1 offline-2 offline-3 rest beside
 
 # A quarter of an hour, where nothing else runs; BENCH_ARGS are options of benchmarks/server_peers.py.
 bench-server: $(INSTALLED) $(LLAMA_SERVER)

@@ -6,7 +6,7 @@
 #   check          what there is, and one small model end to end: two minutes
 #   test           all tests of the GPU's kernels and of the engine on it
 #   limits         the device's limits, then one sequence in each format
-#   offline-short, offline-long    throughput at the rows of the yardstick
+#   offline-1, -2, -3    throughput at the rows of the yardstick: about 4, 6 and 5 minutes
 #   rest           start-up, and the deterministic mode's cost
 #   beside         transformers on the same shape
 #   trace          kernels of decode steps, by torch's profiler
@@ -40,8 +40,9 @@ stage() {
         -p no:cacheprovider "${workers[@]}"
       ;;
     limits) bench --parts limits,single ;;
-    offline-short) bench --parts offline --rows 128/128,128/2048,500/2000,1000/1000,2048/128 ;;
-    offline-long) bench --parts offline --rows 128/4096,1000/2000,2048/2048,5000/500,20000/2000 ;;
+    offline-1) bench --parts offline --rows 128/128,2048/128,1000/1000,128/2048 ;;
+    offline-2) bench --parts offline --rows 5000/500,500/2000,2048/2048,1000/2000 ;;
+    offline-3) bench --parts offline --rows 20000/2000,128/4096 ;;
     rest) bench --parts startup,deterministic ;;
     beside) bench --parts beside ;;
     trace) bench --parts trace ;;

@@ -26,6 +26,14 @@ class Row:
     def name(self) -> str:
         return f"{self.input_tokens}/{self.output_tokens}"
 
+    @property
+    def rate(self) -> float:
+        """What to plan time by."""
+        return self.published or 1000.0
+
+    def expected_seconds(self, requests: int) -> float:
+        return requests * self.output_tokens / self.rate
+
 
 ROWS_8B: Final = (
     Row(128, 128, 27911, 30000),
@@ -127,11 +135,9 @@ def offline_floor(
 
 
 def requests_for(row: Row, seconds: float, at_once: int) -> int:
-    """How many requests of a row to run in about so many seconds, going by the published rate: enough to reach a steady
-    state where that fits, and never more than were published."""
-    rate = row.published or 1000.0
-    fitting = int(rate * seconds / row.output_tokens)
-    return max(1, min(row.requests, max(fitting, min(at_once, row.requests) // 4)))
+    """How many requests of a row to run: what takes about so many seconds at the published rate, but as many as run at
+    once at least, and never more than were published. With fewer the batch would never be full."""
+    return min(row.requests, max(int(row.rate * seconds / row.output_tokens), at_once))
 
 
 @dataclass(frozen=True)

@@ -159,13 +159,13 @@ def offline(
         blocks = engine.statistics().num_blocks
         block_size = engine.parts.engine_config.block_size
         for row in rows:
-            if time_left() < 1.5 * seconds and not setting.is_dry:
-                yield {"row": row.name, "skipped": f"{time_left():.0f} s left"}
-                continue
             # Once requests end and begin all the time, they are half done on average.
             fitting = blocks * block_size // (row.input_tokens + row.output_tokens // 2)
             at_once = max(1, min(setting.at_once, fitting, row.requests))
             count = row.requests if setting.is_dry else requests_for(row, seconds, at_once)
+            if time_left() < 1.3 * row.expected_seconds(count) and not setting.is_dry:
+                yield {"row": row.name, "skipped": f"{time_left():.0f} s left, of {row.expected_seconds(count):.0f}"}
+                continue
             # Kernels that have not been compiled yet, or not measured against each other.
             run_offline(
                 engine, prompts_of(setting, min(16, count), row.input_tokens, seed=2), min(8, row.output_tokens)

@@ -63,7 +63,8 @@ def test_as_many_requests_as_fit_the_time() -> None:
     short = row("128/128")
     assert arithmetic.requests_for(short, 40, 1024) == 27911 * 40 // 128
     assert arithmetic.requests_for(short, 1e9, 1024) == 30_000
-    assert arithmetic.requests_for(row("20000/2000"), 1, 64) == 16  # a quarter of what runs at once, however long
+    assert arithmetic.requests_for(row("20000/2000"), 1, 87) == 87  # a full batch, however long that takes
+    assert row("20000/2000").expected_seconds(87) == pytest.approx(96.5, abs=0.1)
 
 
 def test_phases_leave_ramp_up_and_drain_out_apart() -> None:
