@@ -140,6 +140,7 @@ def compile_norms() -> None:
     triton_norm.rms_norm(qkv[:, : 32 * 128].view(16, 32, 128), torch.ones(128, dtype=torch.bfloat16), 1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_for_hopper(compiled_for_hopper: Callable[[str], list[dict[str, Any]]]) -> None:
     kernels = compiled_for_hopper("test_norm.compile_norms")
     assert len(kernels) == 5

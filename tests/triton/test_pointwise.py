@@ -151,6 +151,7 @@ def compile_pointwise() -> None:
     triton_pointwise.embedding(torch.zeros(64, dtype=torch.int64), torch.empty(128256, 4096, dtype=torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_compiled_for_hopper(compiled_for_hopper: Callable[[str], list[dict[str, Any]]]) -> None:
     kernels = compiled_for_hopper("test_pointwise.compile_pointwise")
     assert len(kernels) == 7

@@ -150,6 +150,7 @@ def compile_rotary() -> None:
         triton_rotary.rotate_and_store(query, key, value, cos_sin, cache, cache, slots)
 
 
+@pytest.mark.slow
 def test_compiled_for_hopper(compiled_for_hopper: Callable[[str], list[dict[str, Any]]]) -> None:
     kernels = compiled_for_hopper("test_rotary.compile_rotary")
     assert len(kernels) == 3
