@@ -348,7 +348,7 @@ def test_the_largest_steps_have_all_tokens_and_rows(model: LLaMAForCausalLM) -> 
     assert (decode.num_tokens, len(decode.rows)) == (MAX_ROWS, MAX_ROWS)
     for cache in (*runner.pool.key_caches, *runner.pool.value_caches):
         cache[1:] = 7.0
-    for plan in (prefill, decode):
+    for plan in (prefill, decode, *runner.small_steps()):
         runner.rehearse(plan)
     for cache in (*runner.pool.key_caches, *runner.pool.value_caches):
         assert bool((cache[1:] == 7.0).all())  # and touch no block but the dummy

@@ -80,6 +80,8 @@ class Placement:
             runner.rehearse(plan)
             workspace += self.accelerator.memory().peak - before.allocated
             self.accelerator.release_cached()
+        for plan in runner.small_steps():
+            runner.rehearse(plan)
         # Steps in which the host has a part hold copies of some rows of logits; scored prompts, of theirs.
         vocab_size = self.config.vocab_size
         workspace += 8 * min(CHUNK_ELEMENTS_ELSEWHERE, self.capacity.max_num_seqs * vocab_size)
