@@ -153,8 +153,10 @@ class AsyncModelRunner(ModelRunner):
         return StepPlan((self._dummy_row(1),) * self.buffers.max_rows)
 
     def small_steps(self) -> tuple[StepPlan, ...]:
-        """A prompt, and one that goes on behind what is cached, both of an odd number of tokens: what kernels are compiled
-        for beside the largest steps, so that no request has to wait for that."""
+        """A prompt, and one that goes on behind what is cached, both of an odd number of tokens.
+
+        Kernels are compiled for them as for the largest steps, so that no request has to wait for that.
+        """
         count = min(3, self.buffers.max_tokens, self.buffers.max_length - 1)
         row = self._dummy_row(count + 1)
         cached = row._replace(first_position=1, token_ids=row.token_ids[1:])
