@@ -228,9 +228,10 @@ class LLM:
         """An embedding of each prompt, float32 [E], in the order of the prompts.
 
         "last" is the last token's hidden state after the last norm, "mean" the mean over all tokens, special ones
-        included; None is what the checkpoint recommends (in sentence-transformers' files), else "last". `normalize` scales it to a length (L2) of 1. How many prompts there are changes no bit of it (on the
-        compiled kernels). Raises ValueError for a prompt that can't be run, such as one that is longer than the
-        context, and RuntimeError where the engine is shut down meanwhile; the others are then cancelled.
+        included; None is what the checkpoint recommends (in sentence-transformers' files), else "last". `normalize`
+        scales it to a length (L2) of 1. How many prompts there are changes no bit of it (on the compiled kernels).
+        Raises ValueError for a prompt that can't be run, such as one that is longer than the context, and RuntimeError
+        where the engine is shut down meanwhile; the others are then cancelled.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         how = self.engine.pooling_params(pooling, normalize)
