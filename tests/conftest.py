@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import pytest
 # Before anything imports triton: without an NVIDIA driver its kernels run in its interpreter, on the CPU.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Programs that are started in the background by a script ignore Ctrl-C, and so would the ones that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports torch, so that tests without torch need not; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -211,7 +211,9 @@ each_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 def test_every_op_is_here() -> None:
     spec = OpSpec(device=torch.device("cpu"), dtype=torch.float32, head_size=64, differentiable=False)
-    assert {op for op in OP_NAMES if callable(CompiledBackend().function(op, spec))} == set(FUNCTIONS)
+    ops = {op for op in OP_NAMES if callable(CompiledBackend().function(op, spec))}
+    # rotate_and_store is rotary, twice, and store_kv.
+    assert ops - {"rotate_and_store"} | {"store_kv"} == set(FUNCTIONS)
 
 
 @each_function
