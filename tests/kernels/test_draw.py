@@ -9,56 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from draw_oracle import CASES, TOLERANCE, arguments, intervals
 from puna.ops import cpu
 
 ROWS = 40
-TOLERANCE = 1e-5  # of the sum of a row's probabilities
-CASES: tuple[frozenset[str], ...] = tuple(
-    frozenset(names) for count in range(4) for names in itertools.combinations(("top_k", "top_p", "min_p"), count)
-)
-
-
-def arguments(width: int, case: frozenset[str], scale: float, seed: int) -> dict[str, Any]:
-    random = torch.Generator().manual_seed(seed)
-    top_k = torch.randint(1, width + 1, (ROWS,), generator=random)
-    top_p = torch.rand(ROWS, generator=random, dtype=torch.float64).clamp(0.01, 1)
-    min_p = torch.rand(ROWS, generator=random) * 0.3
-    return {
-        "x": torch.randn(ROWS, width, generator=random) * scale,
-        "temperature": torch.rand(ROWS, generator=random) * 1.5 + 0.1,
-        "top_k": top_k if "top_k" in case else None,
-        "top_p": top_p if "top_p" in case else None,
-        "min_p": min_p if "min_p" in case else None,
-        "uniform": torch.rand(ROWS, generator=random, dtype=torch.float64),
-    }
-
-
-def intervals(given: dict[str, Any], row: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where in 0..1 each token's probability begins and ends, in float64."""
-    x = given["x"][row].double().numpy()
-    p = np.exp((x - x.max()) / float(given["temperature"][row]))
-    relative, order = p.copy(), np.argsort(-x, kind="stable")
-    if given["top_k"] is not None:
-        p[x < x[order[int(given["top_k"][row]) - 1]]] = 0
-    if given["top_p"] is not None:
-        before = np.cumsum(p[order]) - p[order]
-        p[order[before >= p.sum() * float(given["top_p"][row])]] = 0
-    if given["min_p"] is not None:
-        p[relative < float(given["min_p"][row])] = 0
-    ends = np.cumsum(p / p.sum())
-    return ends - p / p.sum(), ends
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "+".join(sorted(case)) or "plain")
 def test_points_where_float64_does(kernels: ModuleType, level: str, case: frozenset[str]) -> None:
     kernels.set_threads(2)
     for seed, (width, scale) in enumerate(itertools.product((1, 7, 16, 100, 3001), (0.3, 2.0, 8.0))):
-        given = arguments(width, case, scale, seed)
+        given = arguments(ROWS, width, case, scale, seed)
         tokens, highest = cpu.draw(**given)
-        assert torch.equal(highest, given["x"].amax(dim=1))
+        assert torch.equal(highest, given["logits"].amax(dim=1))
         for row, (token, uniform) in enumerate(zip(tokens.tolist(), given["uniform"].tolist(), strict=True)):
             begins, ends = intervals(given, row)
             assert begins[token] < ends[token]
@@ -66,7 +31,7 @@ def test_points_where_float64_does(kernels: ModuleType, level: str, case: frozen
 
 
 def test_levels_and_threads_draw_the_same(kernels: ModuleType) -> None:
-    given = arguments(5003, frozenset(["top_k", "top_p", "min_p"]), 2.0, 0)
+    given = arguments(ROWS, 5003, frozenset(["top_k", "top_p", "min_p"]), 2.0, 0)
     found = []
     for level in kernels.supported_levels():
         kernels.set_level(level)
@@ -109,9 +74,9 @@ def test_what_is_ruled_out_or_not_finite(kernels: ModuleType, level: str) -> Non
 
 
 def test_wrong_tensors_are_refused() -> None:
-    given = arguments(10, frozenset(["top_k", "top_p", "min_p"]), 1.0, 0)
+    given = arguments(ROWS, 10, frozenset(["top_k", "top_p", "min_p"]), 1.0, 0)
     wrong: list[tuple[str, Tensor]] = [
-        ("x", given["x"].double()),
+        ("logits", given["logits"].double()),
         ("temperature", given["temperature"][:5]),
         ("top_k", given["top_k"].int()),
         ("top_p", given["top_p"].float()),

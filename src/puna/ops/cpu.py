@@ -390,7 +390,7 @@ def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(
-    x: Tensor,
+    logits: Tensor,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
@@ -402,7 +402,7 @@ def draw(
     temperature float32 above 0, top_k int64 in 1..V, top_p float64, min_p float32, uniform float64 in [0, 1): all [R].
     A row whose highest logit is not finite gets the token 0. `puna.runtime.sampling_ops.draw` says what is computed.
     """
-    x = _logits(x)
+    x = _logits(logits)
     rows, size = x.shape
     given = (
         ("temperature", temperature, torch.float32),
@@ -468,8 +468,8 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, dims: int) -> None:
 
 def _logits(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or x.dim() != 2:
-        raise ValueError(f"x is {x.dtype} {list(x.shape)}: float32 with 2 axes is needed")
-    return _rows("x", x, x.shape[1])
+        raise ValueError(f"logits are {x.dtype} {list(x.shape)}: float32 with 2 axes is needed")
+    return _rows("logits", x, x.shape[1])
 
 
 def _rows(name: str, x: Tensor, size: int) -> Tensor:
