@@ -107,7 +107,7 @@ def choose(logits: Tensor, draws: Draws, is_greedy: bool) -> tuple[Tensor, Tenso
     """A token for each row of logits [R, V], and the row's highest logit -> int64 [R], float32 [R].
 
     Rows of temperature 0 get their likeliest token; `is_greedy`: all are such, and nothing else in `draws` counts. The
-    tokens are those that Sampler.sample chooses. Nothing is waited for, so that it can be captured.
+    tokens are those that Sampler.sample chooses. On a GPU nothing is waited for, so that it can be captured.
     """
     if is_greedy:
         return ops.argmax(logits)
@@ -126,28 +126,6 @@ def choose(logits: Tensor, draws: Draws, is_greedy: bool) -> tuple[Tensor, Tenso
         min_p=draws.min_p.unsqueeze(1),
         highest_top_k=vocab_size,
     )
-    drawn, _ = ops.draw(logits, shaping, uniforms(draws.seeds, draws.positions))
+    seeds, positions = (numbers.numpy().view(np.uint64) for numbers in (draws.seeds, draws.positions))
+    drawn, _ = ops.draw(logits, shaping, torch.from_numpy(ops.uniforms(seeds, positions)))
     return torch.where(is_drawn, drawn, likeliest), highest
-
-
-_GOLDEN: Final = 0x9E3779B97F4A7C15 - (1 << 64)
-
-
-def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
-    """`sampling_ops.uniforms` of tensors: int64 [R], int64 [R] -> float64 [R] in [0, 1), the same to the bit.
-
-    torch has no arithmetic on unsigned numbers; that of signed ones differs only in how it shifts to the right.
-    """
-    start = _mix(seeds * (0xD1342543DE82EF95 - (1 << 64)) + _GOLDEN)
-    bits = _shifted(_mix(start + (positions + 1) * _GOLDEN), 11)
-    return bits.double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - (1 << 64))
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
