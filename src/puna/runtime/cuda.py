@@ -67,6 +67,9 @@ class CudaAccelerator:
             raise
         except RuntimeError as error:  # it has just run outside of a capture
             raise NotRecordable(str(error)) from error
+        finally:
+            # torch.cuda.graph stays on the other stream where what was captured turns out to be no graph.
+            torch.cuda.set_stream(usual)
         return graph, result
 
     def memory(self) -> DeviceMemory:
