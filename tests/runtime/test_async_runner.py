@@ -313,16 +313,19 @@ def test_a_plan_without_rows_only_forgets(model: LLaMAForCausalLM) -> None:
 def test_everything_is_captured_at_the_start_the_largest_first(model: LLaMAForCausalLM) -> None:
     accelerator = FakeAccelerator()
     runner = asynchronous(model, accelerator)
-    runner.capture_all()
+    runner.capture_steps(1)
+    assert list(runner._captured) == [(runner.buffers.max_rows, runner.buffers.max_blocks, "drawn")]
+    runner.capture_steps()
+    assert len(runner._captured) == len(accelerator.graphs)
     buckets = [key[0] for key in runner._captured]
     assert buckets == sorted(buckets, reverse=True)
     assert {key[2] for key in runner._captured} == {"greedy", "drawn"}
     before = len(accelerator.graphs)
-    assert [graph.num_replays for graph in accelerator.graphs] == [1] * before
+    assert [graph.num_replays for graph in accelerator.graphs] == [2] + [1] * (before - 1)
     begin(runner, {0: GREEDY, 1: GREEDY, 2: GREEDY}).result()
     go_on(runner, 1, 0, 1, 2).result()
     assert len(accelerator.graphs) == before
-    assert sum(graph.num_replays for graph in accelerator.graphs) == before + 2
+    assert sum(graph.num_replays for graph in accelerator.graphs) == before + 3
 
 
 def test_what_can_not_be_captured_runs_eagerly_and_says_so(
@@ -331,7 +334,7 @@ def test_what_can_not_be_captured_runs_eagerly_and_says_so(
     accelerator = FakeAccelerator()
     accelerator.refusal = "an op waits for the device"
     runner = asynchronous(model, accelerator)
-    runner.capture_all()
+    runner.capture_steps()
     steps = [begin(runner, {0: GREEDY})] + [go_on(runner, i, 0) for i in range(1, 6)]
     found = [step.result().tokens[0].token_id for step in steps]
     alone = Run(synchronous(model)).add("alone", [5], GREEDY).finish()

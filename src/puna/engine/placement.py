@@ -62,8 +62,8 @@ class Placement:
         )
         memory = self._measured(asynchronous, memory.weights)
         asynchronous.pool = self._pool(memory.num_blocks)
-        if use_buckets and self.engine_config.capture == "eager":
-            asynchronous.capture_all()
+        if use_buckets:
+            asynchronous.capture_steps(None if self.engine_config.capture == "eager" else 1)
         return AsyncExecutor(asynchronous, tracer), memory
 
     def _measured(self, runner: AsyncModelRunner, weight_bytes: int) -> MemoryPlan:

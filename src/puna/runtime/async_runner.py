@@ -127,14 +127,15 @@ class AsyncModelRunner(ModelRunner):
             return self._run_with_host(plan, began)
         return self._launch_plain(plan, plain, began)
 
-    def capture_all(self) -> None:
-        """Captures the steps that devices end by themselves, of every bucket: the largest first, whose memory the
-        others then use, too."""
+    def capture_steps(self, count: int | None = None) -> None:
+        """Captures `count` of the steps that devices end by themselves, or those of every bucket: the largest first, in
+        whose memory all others find room, whenever they are captured. In the other order each would need some more."""
         endings: tuple[_Ending, ...] = ("drawn", "greedy")
         plan, columns = StepPlan((self._dummy_row(1),)), {"temperature": np.zeros(1, dtype=np.float32)}
         with torch.inference_mode():
             self._accelerator.use()
-            for bucket, width, ending in itertools.product(self._buckets[::-1], self._widths[::-1], endings):
+            steps = itertools.product(self._buckets[::-1], self._widths[::-1], endings)
+            for bucket, width, ending in itertools.islice(steps, count):
                 if self._buckets:  # else something can't be captured
                     inputs = self.buffers.fill(plan, num_rows=bucket, width=width, draws=columns)
                     self._run_bucket(ending, bucket, width, inputs)
