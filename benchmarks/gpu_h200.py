@@ -141,9 +141,6 @@ def about(shape: str, device: torch.device) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return "none"
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
     return {
         "shape": shape,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -151,11 +148,21 @@ def about(shape: str, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "transformers": version("transformers"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
         "processors": os.cpu_count(),
     }
+
+
+def commit() -> str:
+    """Of these sources; machines that are lent often have a copy without its history, or no git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def main() -> None:

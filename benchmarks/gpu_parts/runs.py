@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import gzip
 import json
 import random
 import statistics
@@ -278,9 +279,9 @@ def traced(setting: Setting, quantization: str, batch: int, kv: CacheDtype, fold
             steps = (engine.statistics().num_step_tokens - before) // batch
             seconds = time.perf_counter() - start
         runner.join()
-    path = folder / f"trace_{quantization}_{batch}.json"
+    path = folder / f"trace_{quantization}_{batch}.json.gz"  # as text, a fifth of a second is some 15 MB
     profile.export_chrome_trace(str(path))
-    events = json.loads(path.read_text())["traceEvents"]
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     times = device_times(events, ON_DEVICE if on_gpu else ON_HOST)
     return {
         "weights": quantization,

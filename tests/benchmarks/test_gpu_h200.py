@@ -129,13 +129,15 @@ def test_every_part_runs_dry(tmp_path: Path) -> None:
     assert [one["row"] for one in rows] == ["2/2", "2/32"]
     assert all(one["percent_of_floor"] > 0 and one["requests"] == 6 for one in rows)
     assert {one["weights"] for one in found["single"]["results"]} == {"bf16", "fp8", "int4", "int8"}
-    # A part that fails is told of; what an earlier call measured stays.
+    # A part that fails is told of; what an earlier call measured stays. It may be a machine without git, too.
     missing = (
-        "import sys; sys.modules['transformers'] = None; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "import os, sys, runpy; os.environ['PATH'] = ''; sys.modules['transformers'] = None; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     script = f"import sys; sys.argv = {[command[1], *command[2:], '--parts', 'beside']!r}; {missing}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_h200.json").read_text())
     assert "transformers" in found["beside"]["failed"]
+    assert found["about"]["commit"] == "unknown"
     assert found["offline"]["results"] == rows
