@@ -331,8 +331,26 @@ def test_prompts_without_the_cache(window: int | None, device: torch.device) -> 
     if window is None:
         assert error(triton_prompt.run_variant("library", query, key, value, lengths, 0.125, None), exact) < 1e-5
         low = [part.to(torch.bfloat16) for part in (query, key, value)]
-        for variant in triton_prompt.variants(low[0], lengths, None):
+        for variant in {*triton_prompt.variants(low[0], lengths, None), "library"}:
             assert error(triton_prompt.run_variant(variant, *low, lengths, 0.125, None), exact) < 2e-2
+
+
+def test_kernels_that_are_planned_get_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = torch.empty((1, 1, 1), dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(triton_prompt, "varlen", object())
+    assert triton_prompt.variants(on_gpu, (128,), None) == ("triton",)
+
+    class Query:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+    def found(*lengths: int, window: int | None = None) -> tuple[str, ...]:
+        return triton_prompt.variants(Query(), lengths, window)  # type: ignore[arg-type]
+
+    assert found(8192) == found(256, 256) == ("triton", "varlen", "library")
+    assert found(8191) == found(256, 128) == found(256, 1) == ("triton", "varlen")
+    assert found(8192, window=100) == ("triton",)
+    monkeypatch.setattr(triton_prompt, "varlen", None)
+    assert found(8191) == ("triton", "library")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

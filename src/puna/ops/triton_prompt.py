@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ try:
     from torch.nn.attention import varlen
 except ImportError:  # before PyTorch 2.10
     varlen = None  # type: ignore[assignment]
+
+# scaled_dot_product_attention gets prompts of multiples of so many tokens: see variants.
+_PLANNED_LENGTHS: Final = 128
 
 
 def prompt_attention(
@@ -33,9 +37,9 @@ def prompt_attention(
     names = variants(query, lengths, sliding_window)
     bucket = triton_tuning.bucket
     shape = (bucket(len(lengths)), bucket(longest), query.shape[1], key.shape[1], query.shape[2], str(query.dtype))
-    # Where nothing was measured: one launch for many short prompts, the library's kernels for few long ones.
-    default = "library" if "library" in names and longest >= 1024 and len(lengths) <= 8 else "triton"
-    return run(triton_tuning.current().choose("prompt_attention/1", shape, default, names, run))
+    # Where nothing was measured: one launch for many short prompts, PyTorch's kernels for few long ones.
+    default = names[-1] if longest >= 1024 and len(lengths) <= 8 else "triton"
+    return run(triton_tuning.current().choose("prompt_attention/1", (*shape, *names[1:]), default, names, run))
 
 
 def deterministic_prompt_attention(
@@ -47,12 +51,19 @@ def deterministic_prompt_attention(
 
 
 def variants(query: Tensor, lengths: tuple[int, ...], sliding_window: int | None) -> tuple[str, ...]:
-    """Those that may serve these prompts: PyTorch's have no windows that are worth it, and "varlen" no float32."""
+    """Those that may serve these prompts, PyTorch's best guess last: these have no windows that are worth it, and
+    "varlen" no float32.
+
+    Of the library's, cuDNN's comes first on Hopper, and takes 20 to 40 ms of the host for each length and number of
+    prompts that a thread has not had yet, to plan its kernel: so it gets lengths of which there are few.
+    """
     if sliding_window is not None or query.device.type != "cuda":
         return ("triton",)
-    if varlen is None or query.dtype == torch.float32 or len(lengths) == 1:
+    if varlen is None or query.dtype == torch.float32:
         return ("triton", "library")
-    return ("triton", "library", "varlen")
+    if any(length % _PLANNED_LENGTHS for length in lengths) or len(set(lengths)) > 1:
+        return ("triton", "varlen")
+    return ("triton", "varlen", "library")
 
 
 def run_variant(
