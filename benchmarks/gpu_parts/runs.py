@@ -65,11 +65,8 @@ def engine_of(
         quantization = "bf16" if quantization == "fp8" else quantization
     _release(setting.device)
     in_codes = quantization in ("int8", "int4")
-    # Codes are packed into panels on the host, so they are made there.
     checkpoint = random_checkpoint(
-        setting.config,
-        quantization=quantization if in_codes else None,
-        device="cpu" if in_codes else setting.device,
+        setting.config, quantization=quantization if in_codes else None, device=setting.device
     )
     engine = Engine.from_pretrained(
         checkpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from puna.ops import reference, triton_linear, triton_panels
 from puna.ops.panels import BLOCK, PanelFormat, Panels
 from puna.ops.triton_linear import TILES
+from puna.quantization.groups import GroupQuantized
+from puna.quantization.panels import GroupPanels
 
 FORMATS = tuple(
     PanelFormat(bits=bits, group_size=group, minimums=minimums)
@@ -64,6 +67,22 @@ def assert_close(found: Tensor, x: Tensor, panels: Panels, bias: Tensor | None =
     error = (found.cpu().double() - expected).abs()
     allowed = torch.finfo(found.dtype).eps * expected.abs() * 0.51 + 2e-6 * size
     assert bool((error <= allowed).all()), float((error / allowed).max())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_on_a_gpu_are_packed_there(bits: int, device: torch.device) -> None:
+    form = GroupPanels("", PanelFormat(bits=bits), 100, 96)
+    codes = torch.randint(0, 1 << bits, (100, 96), dtype=torch.uint8)
+    given = GroupQuantized(codes, torch.rand(100, 3) + 0.5, None, zero=1 << (bits - 1), group_size=32)
+    there = dataclasses.replace(given, codes=codes.to(device), scales=given.scales.to(device))
+    found = {}
+    for where, one in (("cpu", given), ("gpu", there)):
+        weight = torch.empty(form.form.buffer_shape(100, 96), dtype=torch.uint8, device=one.codes.device)
+        for rows in (slice(0, 32), slice(32, 90), slice(90, 100)):
+            form.write_quantized({"weight": weight}, rows, one.rows(rows))
+        found[where] = weight.cpu()
+    assert torch.equal(found["cpu"], found["gpu"])
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=name_of)

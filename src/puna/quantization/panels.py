@@ -63,11 +63,14 @@ class _PanelFormat(ABC):
         self.write(parameters, rows, quantized.dequantize())
 
     @contextmanager
-    def _on_host(self, parameters: Mapping[str, Tensor], rows: slice) -> Iterator[tuple[Panels, int]]:
+    def _on_host(
+        self, parameters: Mapping[str, Tensor], rows: slice, codes: Tensor | None = None
+    ) -> Iterator[tuple[Panels, int]]:
         """The panels that rows are written to, and the place of the first row in them. What is packed on the CPU is
-        packed there for other devices too: in a copy of the panels that hold these rows, which goes back at the end."""
+        packed there for other devices too: in a copy of the panels that hold these rows, which goes back at the end.
+        Only codes that are on such a device already, as random ones may be, are packed where they are."""
         whole = self.panels(parameters)
-        if is_on_host(whole.data):
+        if is_on_host(whole.data) or (codes is not None and codes.is_cuda):
             yield whole, rows.start
             return
         touched = slice(rows.start // LANES, -(-rows.stop // LANES))
@@ -143,7 +146,7 @@ class GroupPanels(_PanelFormat):
             super().write_quantized(parameters, rows, quantized)
             return
         step = _rows_at_a_time(self.inputs)
-        with self._on_host(parameters, rows) as (panels, first):
+        with self._on_host(parameters, rows, quantized.codes) as (panels, first):
             for start in range(0, quantized.shape[0], step):
                 part = quantized.rows(slice(start, start + step))
                 fitting = self._fitting(part)

@@ -107,11 +107,11 @@ def choose(logits: Tensor, draws: Draws, is_greedy: bool) -> tuple[Tensor, Tenso
     """A token for each row of logits [R, V], and the row's highest logit -> int64 [R], float32 [R].
 
     Rows of temperature 0 get their likeliest token; `is_greedy`: all are such, and nothing else in `draws` counts. The
-    tokens are those that Sampler.sample chooses. On a GPU nothing is waited for, so that it can be captured.
+    tokens are those that Sampler.sample chooses. On a GPU with triton nothing is waited for, so that it can be captured.
     """
     if is_greedy:
         return ops.argmax(logits)
-    if logits.device.type == "cuda":
+    if logits.is_cuda and ops.has_triton():
         from puna.ops import triton_sampling
 
         uniform = triton_sampling.uniforms(draws.seeds, draws.positions)
@@ -126,6 +126,6 @@ def choose(logits: Tensor, draws: Draws, is_greedy: bool) -> tuple[Tensor, Tenso
         min_p=draws.min_p.unsqueeze(1),
         highest_top_k=vocab_size,
     )
-    seeds, positions = (numbers.numpy().view(np.uint64) for numbers in (draws.seeds, draws.positions))
-    drawn, _ = ops.draw(logits, shaping, torch.from_numpy(ops.uniforms(seeds, positions)))
+    seeds, positions = (numbers.cpu().numpy().view(np.uint64) for numbers in (draws.seeds, draws.positions))
+    drawn, _ = ops.draw(logits, shaping, torch.from_numpy(ops.uniforms(seeds, positions)).to(logits.device))
     return torch.where(is_drawn, drawn, likeliest), highest
