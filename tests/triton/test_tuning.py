@@ -148,10 +148,16 @@ def _write_some(file: Path, first: int) -> None:
             choose(tuning, (i,))
 
 
+def _write_some_without_a_gpu(file: Path, first: int) -> None:
+    """In a process that was forked: if its parent has used a GPU, it must not ask anything of it."""
+    torch.cuda.is_available = lambda: False
+    _write_some(file, first)
+
+
 def test_processes_do_not_lose_each_others_choices(tmp_path: Path) -> None:
     file = tmp_path / "t.json"
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_write_some, args=(file, 20 * i)) for i in range(3)]
+    processes = [context.Process(target=_write_some_without_a_gpu, args=(file, 20 * i)) for i in range(3)]
     for process in processes:
         process.start()
     for process in processes:
