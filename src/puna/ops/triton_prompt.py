@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Final
 
@@ -59,7 +60,7 @@ def variants(query: Tensor, lengths: tuple[int, ...], sliding_window: int | None
     """
     if sliding_window is not None or query.device.type != "cuda":
         return ("triton",)
-    if varlen is None or query.dtype == torch.float32:
+    if query.dtype == torch.float32 or not {"scale", "window_size"} <= _varlen_arguments():
         return ("triton", "library")
     if any(length % _PLANNED_LENGTHS for length in lengths) or len(set(lengths)) > 1:
         return ("triton", "varlen")
@@ -80,13 +81,21 @@ def run_variant(
         return _library(query, key, value, lengths, scale)
     starts, counts = _on_device(lengths, query.device)
     if variant == "varlen":
-        longest, grouped = max(lengths), query.shape[1] != key.shape[1]
+        longest = max(lengths)
+        more = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _varlen_arguments() else {}
         result = varlen.varlen_attn(
-            query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
+            query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **more
         )
         assert isinstance(result, Tensor)  # not a pair: nothing else was asked for
         return result
     return packed_attention(query, key, value, starts, counts, scale, sliding_window, deterministic=False)
+
+
+@functools.cache
+def _varlen_arguments() -> frozenset[str]:
+    """What varlen_attn takes, which differs between PyTorch 2.10, 2.11 and 2.12. Before "enable_gqa" heads could share
+    keys without a word."""
+    return frozenset() if varlen is None else frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def _library(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
