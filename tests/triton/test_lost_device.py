@@ -11,13 +11,9 @@ import pytest
 
 CONFTEST = """
 import importlib.util
+import sys
+import types
 
-import torch
-
-spec = importlib.util.spec_from_file_location("gpu_tests", {path!r})
-gpu_tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu_tests)
-pytest_runtest_protocol = gpu_tests.pytest_runtest_protocol
 broken = []
 
 
@@ -26,8 +22,12 @@ def synchronize():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
-torch.cuda.synchronize = synchronize
+cuda = types.SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, synchronize=synchronize)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+spec = importlib.util.spec_from_file_location("gpu_tests", {path!r})
+gpu_tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu_tests)
+pytest_runtest_protocol = gpu_tests.pytest_runtest_protocol
 """
 TESTS = """
 import os
@@ -55,7 +55,9 @@ def test_tests_behind_a_lost_device_run_in_another_process(tmp_path: Path) -> No
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-n", "1", "-vv", "-p", "no:cacheprovider", str(tmp_path)]
+    environment |= {"TRITON_INTERPRET": "0", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    options = ["-p", "xdist", "-n", "1", "-vv", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "PASSED test_some.py::test_before" in done.stdout, done.stdout + done.stderr
     assert "FAILED test_some.py::test_that_breaks_it" in done.stdout
