@@ -67,6 +67,7 @@ NO_TORCH: Final = ("config/*", "mapping.py", "scheduling/*", "planning/*")
 LATE_IMPORT_FILES: Final = ("__init__.py", "cli/*")
 LATE_IMPORT_PACKAGES: Final = (
     "puna._kernels",
+    "puna.ops.triton_argmax",
     "puna.ops.triton_logprobs",
     "puna.ops.triton_sampling",
     "puna.ops.triton_table",

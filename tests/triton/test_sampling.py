@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from draw_oracle import CASES, TOLERANCE, arguments, intervals
-from puna.ops import cpu, triton_logprobs, triton_sampling
+from puna.ops import cpu, triton_argmax, triton_logprobs, triton_sampling
 from puna.runtime import logprobs, sampling_ops
 from puna.scheduling.step_plan import TokenLogprobs
 
@@ -72,7 +72,7 @@ def test_rows_of_all_kinds_in_one_call(device: torch.device, monkeypatch: pytest
     if cpu.compiled():
         assert torch.equal(tokens[1:].cpu(), compiled_draw({name: value[1:] for name, value in given.items()}))
     # However many programs a row is cut among, and whatever the other rows are.
-    monkeypatch.setattr(triton_sampling, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(triton_argmax, "multiprocessors", lambda device: 1)
     assert torch.equal(triton_sampling.draw(**moved)[0], tokens)
     alone = triton_sampling.draw(**{name: value[4:] for name, value in moved.items()})[0]
     assert torch.equal(alone, tokens[4:])
@@ -110,30 +110,6 @@ def test_what_is_ruled_out_or_not_finite(device: torch.device) -> None:
     assert draw_one(device, [1.0, -INFINITY, 2.0], 0.0, temperature=0.0) == 2
     tiny = float(torch.finfo(torch.float32).tiny)
     assert draw_one(device, [1.0, -INFINITY, 2.0], 0.5, temperature=tiny, top_p=np.float64(0.9)) == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_highest(device: torch.device, dtype: torch.dtype) -> None:
-    random = torch.Generator().manual_seed(0)
-    for rows, width in ((3, 1), (3, 100), (2, 5003)):
-        x = (torch.randn(rows, 2 * width, generator=random).round(decimals=1)).to(dtype)[:, :width]
-        ids, highest = triton_sampling.argmax(x.to(device))
-        assert highest.tolist() == x.float().amax(dim=1).tolist()
-        # Many are level with it.
-        assert ids.tolist() == [int((row == row.amax()).nonzero()[0]) for row in x]
-
-
-def test_highest_of_odd_rows(device: torch.device) -> None:
-    x = torch.zeros(5, 4100)
-    x[0, 4099], x[1, 3], x[3, 4000], x[4, 0] = NAN, NAN, INFINITY, -1
-    x[2] = -INFINITY
-    x[1, 4000] = 1
-    ids, highest = triton_sampling.argmax(x.to(device))
-    assert highest.isnan().tolist() == [True, True, False, False, False]
-    assert highest[2:].tolist() == [-INFINITY, INFINITY, 0]
-    assert ids[2:].tolist() == [0, 4000, 1]
-    assert (ids < 4100).all()
-    assert triton_sampling.argmax(x[:0].to(device))[0].shape == (0,)
 
 
 def test_random_numbers_are_the_cpus(device: torch.device) -> None:
@@ -191,7 +167,7 @@ def test_logprobs_do_not_depend_on_the_other_rows(device: torch.device, monkeypa
     x = torch.randn(3, 6000, generator=torch.Generator().manual_seed(1)).to(device)
     chosen = torch.tensor([5, 4000, 17], device=device)
     found = triton_logprobs.token_logprobs(x, chosen, 3)
-    monkeypatch.setattr(triton_sampling, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(triton_argmax, "multiprocessors", lambda device: 1)
     for part, alone in zip(found, triton_logprobs.token_logprobs(x[1:2], chosen[1:2], 3), strict=True):
         assert torch.equal(part[1:2], alone)
 

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puna.ops.triton_sampling import power_of_two, rows_of, split
+from puna.ops.triton_argmax import TILE, power_of_two, rows_of, split
 
-_TILE: Final = 2048  # as in triton_sampling, for the same reason
 _WARPS: Final = 4
 _INFINITY = tl.constexpr(float("inf"))
 
@@ -71,16 +70,16 @@ def _summary(logits: Tensor, token_ids: Tensor | None, k: int) -> tuple[Tensor, 
     ranks = torch.empty(rows, dtype=torch.int64, device=device)
     if rows > 0:
         splits, each = split(rows, size, device)
-        tiles = triton.cdiv(size, _TILE)
+        tiles = triton.cdiv(size, TILE)
         peaks, sums = (torch.empty((rows, tiles), dtype=torch.float32, device=device) for _ in range(2))
         places, above = (torch.empty((rows, tiles), dtype=torch.int32, device=device) for _ in range(2))
         _tiles_kernel[(rows * splits,)](
             logits, logits.stride(0), size, token_ids, peaks, places, sums, above, tiles, splits, each,
-            TILE=_TILE, num_warps=_WARPS,
+            TILE=TILE, num_warps=_WARPS,
         )  # fmt: skip
         _rows_kernel[(rows,)](
             logits, logits.stride(0), size, token_ids, peaks, places, sums, above, tiles, k, values, ids, own, ranks,
-            highest, log_sums, TILE=_TILE, TILES=power_of_two(tiles), num_warps=_WARPS,
+            highest, log_sums, TILE=TILE, TILES=power_of_two(tiles), num_warps=_WARPS,
         )  # fmt: skip
     return values, ids, own, ranks, highest, log_sums
 

@@ -92,9 +92,9 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     if logits.device.type == "cpu" and cpu.compiled():
         return cpu.argmax(logits)
     if logits.is_cuda and has_triton():
-        from puna.ops import triton_sampling
+        from puna.ops import triton_argmax
 
-        return triton_sampling.argmax(logits)
+        return triton_argmax.argmax(logits)
     block = _by_block(logits, BLOCK, torch.amax).argmax(dim=1, keepdim=True)
     values, ids = _look_into(logits, block, BLOCK)
     place = values.argmax(dim=1, keepdim=True)
