@@ -28,13 +28,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_parts import report, runs, startup
+from gpu_parts.agreement import agreement
 from gpu_parts.arithmetic import Limits
 from gpu_parts.beside import beside
 from gpu_parts.settings import SHAPES, setting_of
 
 Results = Iterator[dict[str, Any]]
 # In the order of what matters if time runs out.
-PARTS: Final = ("limits", "single", "offline", "startup", "deterministic", "beside", "trace")
+PARTS: Final = ("limits", "single", "offline", "startup", "deterministic", "beside", "trace", "agreement")
 NAME: Final = "gpu_h200"
 
 
@@ -129,6 +130,10 @@ class Benchmark:
 
     def deterministic(self) -> Results:
         yield runs.deterministic_cost(self.setting, "fp8", self.arguments.row_seconds)
+
+    def agreement(self) -> Results:
+        for dtype in ("float32", "bfloat16"):
+            yield agreement(self.device, dtype, 4 if self.arguments.dry_run else 64)
 
     def beside(self) -> Results:
         yield from beside(self.setting, self.time_left)

@@ -8,9 +8,10 @@
 #   memcheck       TESTS under NVIDIA's compute-sanitizer, which tells what reads or writes where it must not
 #   limits         the device's limits, then one sequence in each format
 #   offline-1, -2, -3    throughput at the rows of the yardstick: about 4, 6 and 5 minutes
-#   rest           start-up, and the deterministic mode's cost
+#   rest           whether CPU and GPU agree, start-up, and the deterministic mode's cost
 #   beside         transformers on the same shape
 #   trace          kernels of decode steps, by torch's profiler
+#   ncu            the largest kernels, by NVIDIA's Nsight Compute, where it may read the hardware's counters
 # Nothing is installed: PYTHON (python3) must have torch, triton and pytest. Where an error comes later than what made it,
 # CUDA_LAUNCH_BLOCKING=1 brings the two together.
 set -uo pipefail
@@ -63,9 +64,14 @@ stage() {
     offline-1) bench --parts offline --rows 128/128,2048/128,1000/1000,128/2048 ;;
     offline-2) bench --parts offline --rows 5000/500,500/2000,2048/2048,1000/2000 ;;
     offline-3) bench --parts offline --rows 20000/2000,128/4096 ;;
-    rest) bench --parts startup,deterministic ;;
+    rest) bench --parts agreement,startup,deterministic ;;
     beside) bench --parts beside ;;
     trace) bench --parts trace ;;
+    ncu)
+      sees_gpu || return
+      timeout 560 ncu --clock-control none --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy \
+        --section WarpStateStats "$python" benchmarks/gpu_kernels.py
+      ;;
     *)
       echo "there is no stage $1: see the head of scripts/gpu_run.sh" >&2
       return 2

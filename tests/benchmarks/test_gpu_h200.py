@@ -117,7 +117,7 @@ def test_page_tells_what_failed(tmp_path: Path) -> None:
 
 def test_every_part_runs_dry(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_h200.py"), "--dry-run", "--out", str(tmp_path)]
-    parts = "limits,single,offline,startup,deterministic,trace"
+    parts = "limits,single,offline,startup,deterministic,trace,agreement"
     done = subprocess.run([*command, "--parts", parts], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_h200.json").read_text())
@@ -129,6 +129,7 @@ def test_every_part_runs_dry(tmp_path: Path) -> None:
     assert [one["row"] for one in rows] == ["2/2", "2/32"]
     assert all(one["percent_of_floor"] > 0 and one["requests"] == 6 for one in rows)
     assert {one["weights"] for one in found["single"]["results"]} == {"bf16", "fp8", "int4", "int8"}
+    assert [(one["dtype"], one["alike"]) for one in found["agreement"]["results"]] == [("float32", 4), ("bfloat16", 4)]
     # A part that fails is told of; what an earlier call measured stays. It may be a machine without git, too.
     missing = (
         "import os, sys, runpy; os.environ['PATH'] = ''; sys.modules['transformers'] = None; "
