@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from puna import ops
 from puna.checkpoints import open_checkpoint
@@ -231,6 +232,25 @@ def test_ranks_hold_their_part(style: str, mlp: int, make: Make, rows_layout: No
         assert proj == (torch.float32 if style.endswith("block") and mlp == 192 else FP8)
 
 
+@pytest.mark.parametrize("style", ["tensor-static", "channel-dynamic", "block"])
+def test_a_head_in_fp8_whose_vocabulary_the_ranks_cannot_share_evenly(
+    style: str, make: Make, rows_layout: None
+) -> None:
+    """Each of two ranks holds 256 rows, whole blocks, of 511: the last one's last row is padding."""
+    folder = make(**SIZES | {"vocab_size": 511})
+    dense = quantize(folder, style, lm_head=True)["lm_head.weight"]
+    for rank in range(2):
+        model = model_loader(folder.path, comm=_Rank(Mapping(tp_size=2, rank=rank)), quantization="stored").load()
+        assert model.get_parameter("lm_head.weight").dtype == FP8
+        own = dense[256 * rank :][:256].float()
+        assert torch.equal(dict(model.pieces())["lm_head.weight"].read(), own)
+        x = torch.randn(3, 160, generator=torch.Generator().manual_seed(rank))
+        logits = model.lm_head(x)[:, :256]
+        wanted = F.pad(x @ own.T, (0, 256 - len(own)))
+        assert (logits - wanted).norm() / wanted.norm() < 0.1
+        assert torch.equal(logits[:, len(own) :], wanted[:, len(own) :])
+
+
 def test_scales_of_keys_and_values(make: Make) -> None:
     folder = make(**SIZES)
     tensors = folder.tensors
@@ -245,6 +265,7 @@ def test_scales_of_keys_and_values(make: Make) -> None:
         quantization_config={"quant_method": "compressed-tensors", "format": "dense", "kv_cache_scheme": cache}
     )
     assert open_checkpoint(folder.path).cache_scales == {0: (0.5, 2.0), 1: (4.0, 1.0)}
+    assert open_checkpoint(folder.path).cache_dtype == "fp8"
     model = load_model(folder.path)
     assert [layer.attention.cache_scales for layer in model.layers] == [(0.5, 2.0), (4.0, 1.0)]
     for wrong in (torch.tensor([0.0]), torch.tensor([1.0, 2.0]), torch.tensor(float("nan"))):
@@ -252,6 +273,35 @@ def test_scales_of_keys_and_values(make: Make) -> None:
         folder.write(tensors)
         with pytest.raises(ValueError, match=r"k_scale is .*: it must be one positive number"):
             load_model(folder.path)
+
+
+CACHE = {"num_bits": 8, "type": "float", "dynamic": False, "strategy": "tensor", "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, None),
+        (compressed_tensors("channel"), None),
+        (compressed_tensors("channel", kv_cache_scheme=CACHE), "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": CACHE}, "fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": None}, None),
+        ({"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"}, "fp8"),
+        ({"quant_method": "awq", "bits": 4, "kv_cache_quant_algo": "FP8"}, None),  # refused as a whole
+    ],
+)
+def test_what_makers_say_of_keys_and_values(config: dict[str, Any] | None, expected: str | None, make: Make) -> None:
+    folder = make()
+    folder.change_config(quantization_config=config)
+    assert open_checkpoint(folder.path).cache_dtype == expected
+
+
+@pytest.mark.parametrize(("algorithm", "expected"), [("FP8", "fp8"), (None, None)])
+def test_what_modelopts_file_says_of_keys_and_values(algorithm: str | None, expected: str | None, make: Make) -> None:
+    folder = make()
+    content = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": algorithm}}
+    (folder.path / "hf_quant_config.json").write_text(json.dumps(content))
+    assert open_checkpoint(folder.path).cache_dtype == expected
 
 
 def test_rounding_while_loading(make: Make, rows_layout: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from torch import Tensor
 from puna.config import LLaMAConfig, RotaryScaling
 from puna.distributed import NullCommunicator
 from puna.layers.attention import Attention
+from puna.layers.embedding import Embedding
 from puna.layers.linear import ColumnLinear, Segment
 from puna.layers.params import KeyValueCacheParams
 from puna.layers.rotary import RotaryEmbedding
+from puna.mapping import Mapping
 from puna.models.llama import LLaMADecoderLayer, LLaMAForCausalLM, LLaMAModel
 from puna.models.loading import save_model
-from puna.quantization import weight_format
+from puna.quantization import GroupQuantized, WeightFormat, weight_format
 from puna.runtime.kv_pool import KVPool
 from puna.runtime.step_buffers import StepBuffers, StepInputs
 from puna.scheduling.step_plan import StepPlan, StepRow
@@ -44,6 +47,42 @@ def test_a_new_model_has_sound_random_weights() -> None:
     assert logits.shape == (2, 12, 61)
     assert logits.isfinite().all()
     assert logits.std() > 1e-3
+
+
+@dataclass
+class _SecondOfTwo(NullCommunicator):
+    mapping: Mapping = field(default_factory=lambda: Mapping(tp_size=2, rank=1))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@pytest.mark.parametrize("vocabulary", ["embedding", "head"])
+@pytest.mark.parametrize(("form", "zero"), [("int8", 128), ("int4-min", 0)])
+def test_padded_rows_of_codes_are_not_rounded_anew(vocabulary: str, form: str, zero: int) -> None:
+    """The second of two ranks has 30 rows of 61 and one that is padding; scales that float16 holds stay as they are."""
+    config = LLaMAConfig(**SMALL, quant="stored")
+    random = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (30, 32), dtype=torch.uint8, generator=random)
+    scales, minimums = torch.rand(30, 1, generator=random).half().float(), torch.full((30, 1), -0.25)
+    quantized = GroupQuantized(codes, scales, minimums if form.endswith("min") else None, zero, 32)
+    layer: Embedding | ColumnLinear
+    if vocabulary == "embedding":
+        layer = Embedding(config, _SecondOfTwo())
+    else:
+        layer = ColumnLinear(32, (Segment("", 61, padded=True),), False, config, _SecondOfTwo())
+    (piece,) = layer.pieces()
+    assert piece.source == (slice(31, 61), slice(0, 32))
+    assert piece.store_as is not None
+    assert piece.write_quantized is not None
+    piece.store_as(form)
+    piece.write_quantized(quantized)
+    assert torch.equal(piece.read(), quantized.dequantize())
+    form_of, weights = (layer.format, layer.weights()) if isinstance(layer, Embedding) else _only_part(layer)
+    assert not form_of.read(weights, slice(30, 31)).any()
+
+
+def _only_part(layer: ColumnLinear) -> tuple[WeightFormat, dict[str, torch.nn.Parameter]]:
+    (part,) = layer.parts
+    return part.format, {own: layer.get_parameter(name) for own, name in part.names.items()}
 
 
 def test_a_layer_runs_by_itself() -> None:

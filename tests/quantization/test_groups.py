@@ -32,6 +32,16 @@ def test_dequantize_is_the_formula(rows: int, groups: int, size: int, with_minim
     np.testing.assert_allclose(weight.numpy(), expected.reshape(rows, groups * size), rtol=0, atol=255 * 4 * 2.0**-23)
 
 
+@pytest.mark.parametrize("with_minimums", [False, True])
+@pytest.mark.parametrize("rows", [3, 0])
+def test_padding_is_rows_of_zeros(rows: int, with_minimums: bool) -> None:
+    quantized = _random(rows, 2, 32, zero=8, with_minimums=with_minimums)
+    padded = quantized.padded(2)
+    assert padded.shape == (rows + 2, 64)
+    assert torch.equal(padded.dequantize()[:rows], quantized.dequantize())
+    assert not padded.dequantize()[rows:].any()
+
+
 def test_dequantize_leaves_the_codes_alone() -> None:
     quantized = _random(2, 2, 32, zero=8, with_minimums=True)
     codes = quantized.codes.clone()

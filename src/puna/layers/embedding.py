@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
@@ -45,19 +46,13 @@ class Embedding(PiecewiseModule):
     def pieces(self) -> list[Piece]:
         real = max(0, min(self.rows, self.vocab_size - self.first))
         source = slice(min(self.first, self.vocab_size), min(self.first, self.vocab_size) + real)
+        rows, padding = slice(0, self.rows), self.rows - real
 
         def write(dense: Tensor) -> None:
-            self.format.write(self.weights(), slice(0, real), dense)
-            clear_padding()
+            self.format.write(self.weights(), rows, F.pad(dense, (0, 0, 0, padding)) if padding else dense)
 
         def write_quantized(quantized: Quantized) -> None:
-            self.format.write_quantized(self.weights(), slice(0, real), quantized)
-            clear_padding()
-
-        def clear_padding() -> None:
-            if real < self.rows:
-                padding = torch.zeros(self.rows - real, self.hidden_size, device=self.comm.device)
-                self.format.write(self.weights(), slice(real, self.rows), padding)
+            self.format.write_quantized(self.weights(), rows, quantized.padded(padding) if padding else quantized)
 
         def read() -> Tensor:
             return self.format.read(self.weights(), slice(0, real))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from puna.config import LLaMAConfig
 from puna.distributed import Communicator
@@ -235,28 +236,31 @@ class ColumnLinear(_Linear):
             rows = slice(start, start + source.stop - source.start)
             full = segment.units * segment.unit_size
             columns = slice(0, self.inputs)
-            weight = self._weight_piece(f"{prefix}weight", (full, self.inputs), (source, columns), rows, number)
-            pieces.append(self._with_padding(weight, slice(rows.stop, start + size)))
+            name, shape, sources = f"{prefix}weight", (full, self.inputs), (source, columns)
+            weight = self._weight_piece(name, shape, sources, rows, number)
+            padding = start + size - rows.stop
+            if padding:
+                whole = self._weight_piece(name, shape, sources, slice(start, start + size), number)
+                weight = _padded(weight, whole, padding)
+            pieces.append(weight)
             if self.bias is not None:
                 pieces.append(parameter_piece(f"{prefix}bias", self.bias, full, source, rows))
             start += size
         return pieces
 
-    def _with_padding(self, piece: Piece, padding: slice) -> Piece:
-        """The piece with the rows `padding` of the weight set to zero when it is written."""
-        count = padding.stop - padding.start
-        if count == 0:
-            return piece
-        rest = self._weight_piece("padding", piece.full_shape, piece.source, padding)  # type: ignore[arg-type]
 
-        def write(dense: Tensor) -> None:
-            piece.write(dense)
-            rest.write(torch.zeros(count, self.inputs, device=dense.device))
+def _padded(piece: Piece, whole: Piece, count: int) -> Piece:
+    """The piece, written as the `whole` of the rows that it has with `count` rows of zeros behind its own: formats
+    whose scales belong to several rows want all of these at once."""
 
-        def write_quantized(quantized: Quantized) -> None:
-            write(quantized.dequantize())
+    def write(dense: Tensor) -> None:
+        whole.write(F.pad(dense, (0, 0, 0, count)))
 
-        return dataclasses.replace(piece, write=write, write_quantized=write_quantized)
+    def write_quantized(quantized: Quantized) -> None:
+        assert whole.write_quantized is not None  # weights have it
+        whole.write_quantized(quantized.padded(count))
+
+    return dataclasses.replace(piece, write=write, write_quantized=write_quantized)
 
 
 class RowLinear(_Linear):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class GroupQuantized:
         """The rows that a slice, or a tensor of row numbers, chooses; a slice gives views, a tensor copies."""
         minimums = None if self.minimums is None else self.minimums[index]
         return GroupQuantized(self.codes[index], self.scales[index], minimums, self.zero, self.group_size)
+
+    def padded(self, count: int) -> GroupQuantized:
+        """The same with `count` rows of zeros behind it."""
+        codes = F.pad(self.codes, (0, 0, 0, count), value=self.zero)
+        scales = F.pad(self.scales, (0, 0, 0, count))
+        minimums = None if self.minimums is None else F.pad(self.minimums, (0, 0, 0, count))
+        return GroupQuantized(codes, scales, minimums, self.zero, self.group_size)
 
     def dequantize(self) -> Tensor:
         """The weight, float32 [n, K]: one product and, with minimums, one sum a value, each rounded to float32."""
