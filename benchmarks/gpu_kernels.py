@@ -28,9 +28,7 @@ def attention(sequences: int, context: int, device: torch.device) -> None:
     lengths = torch.full((sequences,), context, device=device, dtype=torch.int32)
     query = torch.randn((sequences, HEADS, SIZE), device=device, dtype=torch.bfloat16)
     for _ in range(2):
-        triton_attention.paged_attention(
-            query, key_cache, value_cache, tables, starts, lengths, SIZE**-0.5, None
-        )
+        triton_attention.paged_attention(query, key_cache, value_cache, tables, starts, lengths, SIZE**-0.5, None)
 
 
 def fp8_linear(rows: int, outputs: int, inputs: int, device: torch.device) -> None:

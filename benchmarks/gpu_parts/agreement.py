@@ -1,4 +1,4 @@
-"""Whether a GPU says what the CPU says: greedy tokens of the demo model on both, and where they part, both sides' odds."""
+"""Whether a GPU says what the CPU says: greedy tokens of the demo model on both, and the odds where they part."""
 
 from __future__ import annotations
 

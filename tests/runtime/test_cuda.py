@@ -1,4 +1,4 @@
-"""CudaAccelerator without a GPU: what it does about captures that fail. tests/triton/test_gpu_engine.py has the rest."""
+"""CudaAccelerator without a GPU: what it does about captures that fail. See tests/triton/test_gpu_engine.py, too."""
 
 from __future__ import annotations
 
