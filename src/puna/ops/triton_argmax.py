@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from puna.ops.triton_device import multiprocessors
+from puna.ops.triton_overlap import await_turn, launch_options
 
 # Columns that a program looks at in one go: 16 numbers a thread in four loads of 16 bytes, 8 KB on their way per block;
 # Little's law asks for 20 to 30 KB a multiprocessor (4.3 TB/s x 0.8 us / 132), and eight blocks or more are resident.
@@ -38,7 +39,17 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     splits, each = split(rows, size, logits.device)
     if splits == 1:
         _peaks_kernel[(rows,)](
-            logits, logits.stride(0), size, ids, highest, 1, each, TILE=TILE, num_warps=WARPS, enable_fp_fusion=False
+            logits,
+            logits.stride(0),
+            size,
+            ids,
+            highest,
+            1,
+            each,
+            TILE=TILE,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+            **launch_options(),
         )
         return ids, highest
     part_ids = torch.empty((rows, splits), dtype=torch.int64, device=logits.device)
@@ -46,8 +57,11 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     _peaks_kernel[(rows * splits,)](
         logits, logits.stride(0), size, part_ids, part_highest, splits, each, TILE=TILE, num_warps=WARPS,
         enable_fp_fusion=False,
+        **launch_options(),
     )  # fmt: skip
-    _join_peaks_kernel[(rows,)](part_ids, part_highest, ids, highest, splits, PARTS=power_of_two(splits), num_warps=1)
+    _join_peaks_kernel[(rows,)](
+        part_ids, part_highest, ids, highest, splits, PARTS=power_of_two(splits), num_warps=1, **launch_options()
+    )
     return ids, highest
 
 
@@ -72,7 +86,8 @@ def power_of_two(count: int) -> int:
 
 # What differs from one number of rows to the next is not compiled in: a kernel for all is enough.
 @triton.jit(do_not_specialize=["splits", "each"])
-def _peaks_kernel(x, x_stride, size, ids, highest, splits, each, TILE: tl.constexpr):
+def _peaks_kernel(x, x_stride, size, ids, highest, splits, each, TILE: tl.constexpr, OVERLAP: tl.constexpr = False):
+    await_turn(OVERLAP)
     program = tl.program_id(0)
     x += (program // splits).to(tl.int64) * x_stride
     first = program % splits * each
@@ -94,7 +109,10 @@ def _peaks_kernel(x, x_stride, size, ids, highest, splits, each, TILE: tl.conste
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _join_peaks_kernel(part_ids, part_highest, ids, highest, splits, PARTS: tl.constexpr):
+def _join_peaks_kernel(
+    part_ids, part_highest, ids, highest, splits, PARTS: tl.constexpr, OVERLAP: tl.constexpr = False
+):
+    await_turn(OVERLAP)
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
     value = tl.load(part_highest + row * splits + part, mask=part < splits, other=-_INFINITY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from puna.ops.triton_overlap import await_turn
 from puna.ops.triton_rounding import INTERPRETED, rounded
 
 # Weights of int8 values carry the values' scales, which may be small; this keeps them out of float16's subnormals, and
@@ -250,6 +251,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """Program (tile of tokens, key/value head, split of the keys).
 
@@ -258,6 +260,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     SPLIT: the third axis has several programs, and results go to partial_... [splits, T, H] and [splits, T, H, D].
     FIXED: keys after which sums start anew; 0 where they need not.
     """
+    await_turn(OVERLAP)
     TOKENS: tl.constexpr = M // GROUP
     D_PADDED: tl.constexpr = triton.next_power_of_2(D)
     PAIRED: tl.constexpr = KIND != "float"
@@ -397,11 +400,13 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     FIXED: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """The result of a token and head from its splits: all at once, or one by one as a program without splits would.
 
     SPLITS: a power of two that is not below `splits`.
     """
+    await_turn(OVERLAP)
     D_PADDED: tl.constexpr = triton.next_power_of_2(D)
     token, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, D_PADDED)

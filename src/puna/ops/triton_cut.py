@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from puna.ops.triton_argmax import TILE, split
+from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_weights import exp, is_drawn, scale, weight_of
 
 # The first look for an edge is a histogram of 1/84 nat steps of the scaled logit: tokens 24.27 nats below the
@@ -50,6 +51,7 @@ def cut(
     _histogram_kernel[(rows * splits,)](
         logits, stride, size, highest, temperature, top_k, top_p, histogram[0], histogram[1], splits, each,
         TILE=TILE, num_warps=_HISTOGRAM_WARPS, enable_fp_fusion=False,
+        **launch_options(),
     )  # fmt: skip
     least = torch.empty((rows, 2), dtype=torch.float32, device=device)
     last_id = torch.empty(rows, dtype=torch.int64, device=device)
@@ -59,6 +61,7 @@ def cut(
         logits, stride, size, highest, temperature, top_k, top_p, histogram[0], histogram[1], listed, listed_ids,
         least, last_id, LISTED=_LISTED, LISTING_TILE=_LISTING_TILE, TILE=_CUT_TILE, num_warps=_CUT_WARPS,
         enable_fp_fusion=False,
+        **launch_options(),
     )  # fmt: skip
     return least, last_id
 
@@ -81,9 +84,22 @@ def _limits(row, size, top_k, top_p):
 
 @triton.jit(do_not_specialize=["splits", "each"])
 def _histogram_kernel(
-    x, x_stride, size, highest, temperature, top_k, top_p, weights, counts, splits, each, TILE: tl.constexpr
+    x,
+    x_stride,
+    size,
+    highest,
+    temperature,
+    top_k,
+    top_p,
+    weights,
+    counts,
+    splits,
+    each,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """The weight, and for top-k the number, of each bucket's tokens; tokens without weight are in none."""
+    await_turn(OVERLAP)
     program = tl.program_id(0)
     row = program // splits
     k, p = _limits(row, tl.cast(size, tl.int64), top_k, top_p)
@@ -156,9 +172,11 @@ def _cut_kernel(
     LISTED: tl.constexpr,
     LISTING_TILE: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """Where top-k and top-p end, exactly: the tokens of the buckets in question are listed, and of their keys the one
     at which the count or the weight is reached is found by halving."""
+    await_turn(OVERLAP)
     row = tl.program_id(0)
     k, p = _limits(row, tl.cast(size, tl.int64), top_k, top_p)
     peak, heat = tl.load(highest + row), tl.load(temperature + row)

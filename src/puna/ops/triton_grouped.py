@@ -18,6 +18,7 @@ from torch import Tensor
 
 from puna.ops.panels import BLOCK, PanelFormat, Panels
 from puna.ops.scaled import SCALE_BLOCK, ScaledRows, ScaledWeight
+from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_pointwise import activate, gated
 from puna.ops.triton_rounding import INTERPRETED, rounded
 
@@ -185,11 +186,13 @@ def grouped_kernel(  # type: ignore[no-untyped-def]
     INPUTS: tl.constexpr,
     TOGETHER: tl.constexpr,
     PROMOTE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """y[row] = activation(x[token] @ gate) * (x[token] @ up) of sorted rows, or without one y[pair] = x[row] @ weight.
 
     SCALES: 0 without, 1 a scale for each row and output, 2 for each row and 128 inputs, and each 128 x 128 weights.
     """
+    await_turn(OVERLAP)
     DOWN: tl.constexpr = ACTIVATION == ""
     # Some tiles of rows, then the next outputs for the same ones, so that their tokens are read from the L2 cache.
     output_tiles = tl.cdiv(outputs, OUTPUTS)
@@ -317,6 +320,7 @@ def multiply(
         PROMOTE=step if tile.rows <= _PROMOTED_ROWS else 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **launch_options(),
     )
     return y
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from puna.ops.triton_argmax import TILE, power_of_two, rows_of, split
+from puna.ops.triton_overlap import await_turn, launch_options
 
 _WARPS: Final = 4
 _INFINITY = tl.constexpr(float("inf"))
@@ -76,10 +77,12 @@ def _summary(logits: Tensor, token_ids: Tensor | None, k: int) -> tuple[Tensor, 
         _tiles_kernel[(rows * splits,)](
             logits, logits.stride(0), size, token_ids, peaks, places, sums, above, tiles, splits, each,
             TILE=TILE, num_warps=_WARPS,
+            **launch_options(),
         )  # fmt: skip
         _rows_kernel[(rows,)](
             logits, logits.stride(0), size, token_ids, peaks, places, sums, above, tiles, k, values, ids, own, ranks,
             highest, log_sums, TILE=TILE, TILES=power_of_two(tiles), num_warps=_WARPS,
+            **launch_options(),
         )  # fmt: skip
     return values, ids, own, ranks, highest, log_sums
 
@@ -94,8 +97,10 @@ def _highest(value, at, size):
 
 @triton.jit(do_not_specialize=["splits", "each"])
 def _tiles_kernel(
-    x, x_stride, size, token_ids, peaks, places, sums, above, tiles, splits, each, TILE: tl.constexpr
+    x, x_stride, size, token_ids, peaks, places, sums, above, tiles, splits, each, TILE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
+    await_turn(OVERLAP)
     program = tl.program_id(0)
     row = program // splits
     x += row.to(tl.int64) * x_stride
@@ -135,7 +140,9 @@ def _rows_kernel(
     log_sums,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
+    await_turn(OVERLAP)
     row = tl.program_id(0)
     x += row.to(tl.int64) * x_stride
     tile = tl.arange(0, TILES)

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from puna.ops.scaled import InputScaling, ScaledRows
+from puna.ops.triton_device import multiprocessors
+from puna.ops.triton_overlap import await_turn, bytes_ahead, launch_options, prefetch
 from puna.ops.triton_rounding import rounded
 from puna.ops.triton_rows import DTYPES, Rows, Target, row_starts, rows_of, target_for, write_rows
 
@@ -38,7 +40,12 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
     ADD: tl.constexpr,
     MODE: tl.constexpr,
     DTYPE: tl.constexpr,
+    AHEAD: tl.constexpr = 0,  # bytes of the weight, see triton_overlap
+    OVERLAP: tl.constexpr = False,
 ):
+    if AHEAD > 0:
+        prefetch(weight, 1, 0, AHEAD)
+    await_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = tl.broadcast_to((column < SIZE)[None, :], (ROWS, BLOCK))
@@ -98,7 +105,9 @@ def _norm(
         # that several go together: 1024 numbers, 8 a thread, which are one load of 16 bytes.
         block = max(triton.next_power_of_2(size), 128)
         together = max(1, 1024 // block)
-        rms_norm_kernel[(triton.cdiv(rows.count, together),)](
+        programs = triton.cdiv(rows.count, together)
+        few = programs <= multiprocessors(x.device)
+        rms_norm_kernel[(programs,)](
             rows.data,
             others.data,
             weight,
@@ -120,7 +129,9 @@ def _norm(
             ADD=residual is not None,
             MODE=target.mode,
             DTYPE=DTYPES[target.dtype],
+            AHEAD=bytes_ahead(weight, size * weight.itemsize, 1, programs) if few else 0,
             num_warps=row_warps(block * together),
+            **launch_options(),
         )
     return total, target
 

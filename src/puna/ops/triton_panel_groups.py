@@ -16,6 +16,7 @@ from torch import Tensor
 from puna.ops.panels import BLOCK, LANES, Panels
 from puna.ops.triton_grouped import Groups, chosen, expert_of, most_tiles, panel_words
 from puna.ops.triton_linear import Tile
+from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_panels import panel_sums, tile_rows
 from puna.ops.triton_pointwise import activate
 from puna.ops.triton_rounding import rounded
@@ -50,8 +51,10 @@ def panel_groups_kernel(  # type: ignore[no-untyped-def]
     R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """What triton_grouped's kernel computes; R = 2 runs of P panels are gates and ups."""
+    await_turn(OVERLAP)
     expert, begin, end = expert_of(tl.program_id(0), starts, EXPERTS, EXPERTS_BLOCK, BLOCK_T)
     if begin >= end:
         return
@@ -139,5 +142,6 @@ def multiply_panels(
         BLOCK_T=tile.rows,
         UNROLL=max(1, tile.unroll * 4 // form.bits),
         num_warps=tile.warps,
+        **launch_options(),
     )
     return y

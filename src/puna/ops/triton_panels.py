@@ -13,6 +13,7 @@ from torch import Tensor
 
 from puna.ops import reference
 from puna.ops.panels import BLOCK, Panels
+from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_rounding import INTERPRETED, rounded
 
 
@@ -204,8 +205,10 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     HAS_IDS: tl.constexpr,
     ROWS: tl.constexpr,
     INPUTS: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """ROWS rows x INPUTS inputs of a weight in panels, as numbers."""
+    await_turn(OVERLAP)
     HEAD: tl.constexpr = 16 * GROUPS * (1 + MINIMUMS)
     WORDS: tl.constexpr = HEAD + 32 * BITS
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -279,4 +282,5 @@ def _launch(panels: Panels, y: Tensor, ids: Tensor | None, first: int, rows: int
         ROWS=rows,
         INPUTS=inputs,
         num_warps=4,
+        **launch_options(),
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from puna.ops.scaled import InputScaling, ScaledRows
 from puna.ops.triton_norm import LONGEST_ROW, row_warps
+from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_rounding import rounded
 from puna.ops.triton_rows import BY_ROW, Target, row_starts, rows_of, target_for, write_rows
 
@@ -53,8 +54,10 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     MODE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """Rows of x to rows of SIZE: as they are, or with an ACTIVATION of their first half times their second."""
+    await_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (column < SIZE)[None, :]
@@ -67,7 +70,8 @@ def rows_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_kernel(a, b, y, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def add_kernel(a, b, y, count, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False):  # type: ignore[no-untyped-def]
+    await_turn(OVERLAP)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     left = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
@@ -76,7 +80,10 @@ def add_kernel(a, b, y, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def embedding_kernel(ids, weight, y, vocabulary, weight_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def embedding_kernel(
+    ids, weight, y, vocabulary, weight_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False
+):  # type: ignore[no-untyped-def]
+    await_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(ids + row).to(tl.int64)
@@ -104,7 +111,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
     y = torch.empty_like(a)
     if a.numel():
-        add_kernel[(triton.cdiv(a.numel(), _BLOCK),)](a, b, y, a.numel(), BLOCK=_BLOCK, num_warps=4)
+        add_kernel[(triton.cdiv(a.numel(), _BLOCK),)](a, b, y, a.numel(), BLOCK=_BLOCK, num_warps=4, **launch_options())
     return y
 
 
@@ -117,7 +124,15 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     if y.numel():
         block = min(triton.next_power_of_2(size), _BLOCK)
         embedding_kernel[(token_ids.numel(), triton.cdiv(size, block))](
-            token_ids.contiguous(), weight, y, weight.shape[0], weight.stride(0), SIZE=size, BLOCK=block, num_warps=4
+            token_ids.contiguous(),
+            weight,
+            y,
+            weight.shape[0],
+            weight.stride(0),
+            SIZE=size,
+            BLOCK=block,
+            num_warps=4,
+            **launch_options(),
         )
     return y
 
@@ -155,5 +170,6 @@ def _launch_rows(x: Tensor, size: int, activation: str, scaling: InputScaling | 
         ACTIVATION=activation,
         MODE=target.mode,
         num_warps=warps,
+        **launch_options(),
     )
     return target

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from puna.ops.scaled import FP8
+from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_rounding import highest, nearest_integer, rounded
 from puna.ops.triton_rows import rows_of
 
@@ -44,7 +45,9 @@ def rotary_kernel(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
+    await_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, BLOCK)
@@ -131,8 +134,10 @@ def rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """A token's HEADS query heads, rotated in place, or HEADS of its keys and values, rotated and stored."""
+    await_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     HALF: tl.constexpr = SIZE // 2
@@ -196,6 +201,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         BLOCK=block,
         num_warps=4,
         enable_fp_fusion=False,
+        **launch_options(),
     )
     return y
 
@@ -250,6 +256,7 @@ def rotate_and_store(
         BLOCK=block,
         num_warps=4,
         enable_fp_fusion=False,
+        **launch_options(),
     )
     return query, key
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from puna.ops.triton_argmax import TILE, WARPS, argmax, power_of_two, rows_of, split
 from puna.ops.triton_cut import cut
+from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_weights import exp, is_drawn, scale, weight_of
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -62,11 +63,13 @@ def draw(
     _sums_kernel[(rows * splits,)](
         logits, stride, size, highest, temperature, least, last_id, min_p, sums, tiles, splits, each,
         TILE=TILE, num_warps=WARPS, enable_fp_fusion=False,
+        **launch_options(),
     )  # fmt: skip
     token = torch.empty_like(likeliest)
     _point_kernel[(rows,)](
         logits, stride, size, highest, temperature, least, last_id, min_p, sums, tiles, uniform, likeliest, token,
         TILE=TILE, TILES=power_of_two(tiles), num_warps=WARPS, enable_fp_fusion=False,
+        **launch_options(),
     )  # fmt: skip
     return token, highest
 
@@ -82,7 +85,9 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     if len(seeds) > 0:
         block = 128
         grid = (triton.cdiv(len(seeds), block),)
-        _uniforms_kernel[grid](seeds.contiguous(), positions.contiguous(), found, len(seeds), BLOCK=block, num_warps=4)
+        _uniforms_kernel[grid](
+            seeds.contiguous(), positions.contiguous(), found, len(seeds), BLOCK=block, num_warps=4, **launch_options()
+        )
     return found
 
 
@@ -104,9 +109,23 @@ def _kept_weights(x, at, size, row, peak, heat, least, last_id, min_p):
 
 @triton.jit(do_not_specialize=["splits", "each"])
 def _sums_kernel(
-    x, x_stride, size, highest, temperature, least, last_id, min_p, sums, tiles, splits, each, TILE: tl.constexpr
+    x,
+    x_stride,
+    size,
+    highest,
+    temperature,
+    least,
+    last_id,
+    min_p,
+    sums,
+    tiles,
+    splits,
+    each,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """The weight of each tile of each row that is drawn."""
+    await_turn(OVERLAP)
     program = tl.program_id(0)
     row = program // splits
     peak, heat = tl.load(highest + row), tl.load(temperature + row)
@@ -136,8 +155,10 @@ def _point_kernel(
     tokens,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """The token at which the random number points, among the weights laid side by side in the order of the ids."""
+    await_turn(OVERLAP)
     row = tl.program_id(0)
     peak, heat = tl.load(highest + row), tl.load(temperature + row)
     token = tl.where(heat == 0.0, tl.load(likeliest + row), 0)
@@ -165,8 +186,9 @@ def _mix(x):
 
 
 @triton.jit(do_not_specialize=["count"])
-def _uniforms_kernel(seeds, positions, found, count, BLOCK: tl.constexpr):
+def _uniforms_kernel(seeds, positions, found, count, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False):
     """SplitMix64 with a start that is itself mixed; its upper 53 bits."""
+    await_turn(OVERLAP)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(seeds + at, mask=at < count, other=0).to(tl.uint64, bitcast=True)
     position = tl.load(positions + at, mask=at < count, other=0).to(tl.uint64, bitcast=True)

@@ -74,10 +74,12 @@ class Tuning:
 
     file: where choices are kept; None for nowhere.
     timer: measures; None where nothing can be measured, so that defaults are used.
+    overlaps: whether kernels start before the ones ahead of them have ended; see triton_overlap.
     """
 
     file: Path | None = None
     timer: Timer | None = None
+    overlaps: bool = False
     _known: dict[str, str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -86,20 +88,21 @@ class Tuning:
             self._known = _read(self.file)
 
     @classmethod
-    def of_device(cls, device: torch.device, folder: Path | None = None) -> Tuning:
+    def of_device(cls, device: torch.device, folder: Path | None = None, *, overlaps: bool = False) -> Tuning:
         """The tuning of a GPU, kept in `folder` in a file with the name of the device and the versions of the software;
         of any other device, defaults only."""
         if device.type != "cuda":
-            return cls()
+            return cls(overlaps=overlaps)
         if folder is None:
             try:
                 folder = Path.home() / ".cache" / "puna"
             except RuntimeError as error:  # a user without a home
                 _log.warning("what is measured of kernels is kept in no file: %s", error)
-                return cls(None, lambda calls: _time(device, calls))
+                return cls(None, lambda calls: _time(device, calls), overlaps)
         cuda = torch.version.cuda or "none"
         name = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} cuda {cuda}"
-        return cls(folder / f"tuning-{re.sub('[^A-Za-z0-9.]+', '-', name)}.json", lambda calls: _time(device, calls))
+        file = folder / f"tuning-{re.sub('[^A-Za-z0-9.]+', '-', name)}.json"
+        return cls(file, lambda calls: _time(device, calls), overlaps)
 
     def choose(
         self,
@@ -123,7 +126,9 @@ class Tuning:
         self, key: str, default: str, variants: Sequence[str], run: Callable[[str], object], timer: Timer
     ) -> str:
         try:
-            times = timer([lambda variant=variant: run(variant) for variant in variants])  # type: ignore[misc]
+            # Defaults, since what starts before the clock does would look too good.
+            with _DEFAULTS.used(measure=False):
+                times = timer([lambda variant=variant: run(variant) for variant in variants])  # type: ignore[misc]
         except torch.OutOfMemoryError:
             _log.warning("%s is not measured, since memory is full: %s is used", key, default)
             return default
