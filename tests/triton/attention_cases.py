@@ -25,8 +25,8 @@ def inputs(sequences: int, tokens: int, context: int, cache: torch.dtype) -> lis
 
 
 def _launch(sequences: int, tokens: int, context: int, cache: torch.dtype, deterministic: bool = False) -> None:
-    op = triton_attention.deterministic_paged_attention if deterministic else triton_attention.paged_attention
-    op(*inputs(sequences, tokens, context, cache), SIZE**-0.5, None)
+    given = inputs(sequences, tokens, context, cache)
+    triton_attention.paged_attention(*given, SIZE**-0.5, None, deterministic=deterministic)
 
 
 def decode_one() -> None:

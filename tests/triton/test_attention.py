@@ -110,8 +110,8 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 def check(case: Case, device: torch.device, bound: float, seed: int = 0) -> None:
     inputs = case.made(device, seed)
-    for op in (triton_attention.paged_attention, triton_attention.deterministic_paged_attention):
-        result = op(*inputs, case.size**-0.5, case.window)
+    for deterministic in (False, True):
+        result = triton_attention.paged_attention(*inputs, case.size**-0.5, case.window, deterministic=deterministic)
         assert result.dtype == case.dtype
         assert error(result, case.expected(*inputs)) < bound
 
@@ -228,7 +228,7 @@ def test_query_may_be_part_of_wider_rows(device: torch.device) -> None:
 def test_more_sequences_than_are_looked_at_together(device: torch.device) -> None:
     case = Case([(3, 1)] * 258 + [(20, 15)], heads=1, size=16, spare_blocks=0)
     inputs = case.made(device)
-    result = triton_attention.deterministic_paged_attention(*inputs, case.size**-0.5, None)
+    result = triton_attention.paged_attention(*inputs, case.size**-0.5, None, deterministic=True)
     assert error(result, case.expected(*inputs)) < 1e-5
 
 
@@ -263,11 +263,10 @@ def test_deterministic_bits_do_not_depend_on_chunks_or_neighbours(
 ) -> None:
     case = Case([(80, 80), (67, 30), (5, 1)], dtype=torch.bfloat16, cache=cache, window=window)
     query, keys, values, tables, _, _ = case.made(device)
-    op = triton_attention.deterministic_paged_attention
 
     def attend(rows: Tensor, table: Tensor, starts: list[int], lengths: list[int]) -> Tensor:
         numbers = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths)]
-        return op(rows, keys, values, table, *numbers, 0.125, window)
+        return triton_attention.paged_attention(rows, keys, values, table, *numbers, 0.125, window, deterministic=True)
 
     whole = attend(query, tables, [0, 80, 110, 111], [80, 67, 5])
     one = tables[:1].contiguous()
@@ -291,10 +290,11 @@ def test_deterministic_bits_do_not_depend_on_who_adds_up_the_splits(
     """A few sequences of this length are attended to by several programs each; many, by one."""
     case = Case([(2300, 2)], heads=2, size=32, cache=cache)
     inputs = case.made(device)
-    split = triton_attention.deterministic_paged_attention(*inputs, 32**-0.5, None)
+    split = triton_attention.paged_attention(*inputs, 32**-0.5, None, deterministic=True)
     assert error(split, case.expected(*inputs)) < 1e-5
     monkeypatch.setattr(triton_attention, "multiprocessors", lambda device: 0)
-    assert torch.equal(bits(triton_attention.deterministic_paged_attention(*inputs, 32**-0.5, None)), bits(split))
+    whole = triton_attention.paged_attention(*inputs, 32**-0.5, None, deterministic=True)
+    assert torch.equal(bits(whole), bits(split))
 
 
 @pytest.mark.parametrize("cache", [slow(torch.float32), slow(torch.bfloat16), FP8, torch.int8])
@@ -326,8 +326,9 @@ def test_prompts_without_the_cache(window: int | None, device: torch.device) -> 
     packed = torch.randn((sum(lengths), 8, size), generator=random).to(device)
     query, key, value = packed.split((4, 2, 2), dim=1)
     exact = reference.prompt_attention(query.cpu(), key.cpu(), value.cpu(), lengths, 0.125, window).double()
-    for op in (triton_prompt.prompt_attention, triton_prompt.deterministic_prompt_attention):
-        assert error(op(query, key, value, lengths, 0.125, window), exact) < 1e-5
+    for deterministic in (False, True):
+        result = triton_prompt.prompt_attention(query, key, value, lengths, 0.125, window, deterministic=deterministic)
+        assert error(result, exact) < 1e-5
     if window is None:
         assert error(triton_prompt.run_variant("library", query, key, value, lengths, 0.125, None), exact) < 1e-5
         low = [part.to(torch.bfloat16) for part in (query, key, value)]
@@ -356,21 +357,19 @@ def test_deterministic_prompts_have_the_bits_of_the_cache(dtype: torch.dtype, de
     case = Case([(70, 70)], dtype=dtype, cache=dtype)
     query, keys, values, table, *rest = case.made(device)
     key, value = (cache[table[0].long()].transpose(1, 2).flatten(0, 1)[:70] for cache in (keys, values))
-    through = triton_attention.deterministic_paged_attention(query, keys, values, table, *rest, 0.125, None)
-    beside = triton_prompt.deterministic_prompt_attention(query, key, value, [70], 0.125, None)
+    through = triton_attention.paged_attention(query, keys, values, table, *rest, 0.125, None, deterministic=True)
+    beside = triton_prompt.prompt_attention(query, key, value, [70], 0.125, None, deterministic=True)
     assert torch.equal(bits(through), bits(beside))
 
 
 def test_the_table_gives_them_for_heads_that_fit() -> None:
-    def found(op: str, head_size: int, deterministic: bool) -> object:
-        device = torch.device("cuda")
-        spec = OpSpec(device=device, dtype=torch.bfloat16, head_size=head_size, deterministic=deterministic)
+    def found(op: str, head_size: int) -> object:
+        spec = OpSpec(device=torch.device("cuda"), dtype=torch.bfloat16, head_size=head_size)
         return triton_table.function(op, spec)
 
-    assert found("paged_attention", 128, False) is triton_attention.paged_attention
-    assert found("paged_attention", 128, True) is triton_attention.deterministic_paged_attention
-    assert found("prompt_attention", 80, True) is triton_prompt.deterministic_prompt_attention
-    assert "multiples of 4 up to 256" in str(found("paged_attention", 320, False))
+    assert found("paged_attention", 128) is triton_attention.paged_attention
+    assert found("prompt_attention", 80) is triton_prompt.prompt_attention
+    assert "multiples of 4 up to 256" in str(found("paged_attention", 320))
 
 
 def test_caches_that_do_not_fit_are_refused(device: torch.device) -> None:

@@ -161,15 +161,16 @@ def test_a_token_alone_has_the_bits_that_it_has_among_others(kind: str, device: 
     x = numbers(11, HIDDEN, dtype=torch.bfloat16, device=device)
     logits = numbers(11, EXPERTS, dtype=torch.bfloat16, device=device, seed=3)
     if kind == "rows":
-        function: Callable[..., Tensor] = triton_experts.deterministic_experts
+        function: Callable[..., Tensor] = triton_experts.experts
         weights: tuple[Any, Any] = gate_up, proj
     else:
-        function = triton_experts.deterministic_panel_experts
+        function = triton_experts.panel_experts
         weights = formatted(kind, gate_up, device), formatted(kind, proj, device)
-    together = function(x, logits, *weights, TOP, "silu")
+    together = function(x, logits, *weights, TOP, "silu", deterministic=True)
     for token in (0, 10):
         rows = slice(token, token + 1)
-        assert torch.equal(function(x[rows], logits[rows], *weights, TOP, "silu")[0], together[token])
+        alone = function(x[rows], logits[rows], *weights, TOP, "silu", deterministic=True)
+        assert torch.equal(alone[0], together[token])
 
 
 def test_all_tiles_agree(device: torch.device) -> None:

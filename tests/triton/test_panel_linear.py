@@ -209,8 +209,8 @@ def test_deterministic_rows_do_not_depend_on_others(form: PanelFormat, gated: bo
 
     def run(rows: Tensor) -> Tensor:
         if gated:
-            return triton_linear.deterministic_panel_gated_linear(rows, panels, None, "silu")
-        return triton_linear.deterministic_panel_linear(rows, panels, None, torch.bfloat16)
+            return triton_linear.panel_gated_linear(rows, panels, None, "silu", deterministic=True)
+        return triton_linear.panel_linear(rows, panels, None, torch.bfloat16, deterministic=True)
 
     whole = run(x)
     for rows in (slice(0, 1), slice(7, 8), slice(34, 35), slice(3, 20), slice(16, 35)):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import pytest
 import torch
 
-from puna.ops import OP_NAMES, OpSpec, TritonBackend, triton_experts, triton_rotary, triton_table
+from puna.ops import OP_NAMES, OpSpec, TritonBackend, triton_rotary, triton_table
 
 SPEC = OpSpec(device=torch.device("cpu"), dtype=torch.bfloat16, head_size=128, differentiable=False)
 
@@ -26,10 +28,24 @@ def test_sizes_that_a_kernel_does_not_take_are_refused_with_the_reason() -> None
     assert "no kernel" in str(triton_table.function("attention", SPEC))
 
 
-def test_deterministic_mode_has_launchers_of_its_own() -> None:
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("panel_linear", "panel_gated_linear", "scaled_linear"),
+        *("paged_attention", "prompt_attention", "experts", "panel_experts"),
+    ],
+)
+def test_launchers_that_choose_by_the_batch_are_told_of_the_deterministic_mode(op: str) -> None:
+    usual = triton_table.function(op, SPEC)
+    strict = triton_table.function(op, dataclasses.replace(SPEC, deterministic=True))
+    assert isinstance(strict, functools.partial)
+    assert strict.func is usual
+    assert strict.keywords == {"deterministic": True}
+
+
+def test_the_others_serve_both() -> None:
     strict = dataclasses.replace(SPEC, deterministic=True)
-    assert triton_table.function("experts", SPEC) is triton_experts.experts
-    assert triton_table.function("experts", strict) is triton_experts.deterministic_experts
+    assert triton_table.function("rms_norm", strict) is triton_table.function("rms_norm", SPEC)
 
 
 def test_gradients_are_left_to_the_reference() -> None:

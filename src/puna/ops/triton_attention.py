@@ -44,43 +44,21 @@ def paged_attention(
     sequence_lengths: Tensor,
     scale: float,
     sliding_window: int | None,
+    *,
+    deterministic: bool = False,
 ) -> Tensor:
-    """reference.paged_attention, also for caches in FP8 and int8. -> [T, H, D]"""
-    source = _paged(query, key_cache, value_cache, block_tables)
-    tokens, sequences = query.shape[0], query_starts.shape[0] - 1
-    group = query.shape[1] // source.kv_heads
-    few, many = (cut(group, query.shape[2], source.itemsize) for cut in (few_cut, many_cut))
-    # Sequences of a token or a few are one launch, longer ones another, each with a tile that suits it; a program finds
-    # out whose sequence it has. Where there are as many tokens as sequences, all have one.
-    launches = [Launch(few, sequences, each_sequence=True)]
-    if tokens > sequences:
-        few_tokens = few.rows // group
-        launches.append(Launch(many, _tiles(tokens, sequences, many.rows // group), first=few_tokens + 1))
-    fewest = max(launch.programs for launch in launches) * source.kv_heads
-    longest = block_tables.shape[1] * source.block_size
-    longest = longest if sliding_window is None else min(longest, sliding_window)
-    most = min(longest // 256, 64, _most_splits(query))
-    splits = even_splits(fewest, multiprocessors(query.device), most)
-    return _attend(query, source, query_starts, sequence_lengths, scale, sliding_window, launches, splits, 0)
+    """reference.paged_attention, also for caches in FP8 and int8. -> [T, H, D]
 
-
-def deterministic_paged_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    sequence_lengths: Tensor,
-    scale: float,
-    sliding_window: int | None,
-) -> Tensor:
-    """The same, where a token's bits depend on nothing but its position, its query, and the keys that it sees."""
+    deterministic: a token's bits depend on nothing but its position, its query, and the keys that it sees.
+    """
     source = _paged(query, key_cache, value_cache, block_tables)
-    launch = _fixed_launch(query, source, query_starts.shape[0] - 1)
-    splits = -(-block_tables.shape[1] * source.block_size // FIXED_SPLIT)
-    if launch.programs * source.kv_heads > 2 * multiprocessors(query.device) or splits > _most_splits(query):
-        splits = 1
-    return _attend(query, source, query_starts, sequence_lengths, scale, sliding_window, [launch], splits, FIXED_SPLIT)
+    sequences = query_starts.shape[0] - 1
+    if deterministic:
+        launches, splits = _fixed_launches(query, source, sequences)
+    else:
+        launches, splits = _launches(query, source, sequences, sliding_window)
+    fixed = FIXED_SPLIT if deterministic else 0
+    return _attend(query, source, query_starts, sequence_lengths, scale, sliding_window, launches, splits, fixed)
 
 
 def packed_attention(
@@ -95,8 +73,8 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention of whole prompts to themselves: key and value [T, K, D] beside query [T, H, D] -> [T, H, D].
 
-    lengths: int32 [B], the differences of query_starts. `deterministic` gives the bits of deterministic_paged_attention
-    over a cache of the query's dtype.
+    lengths: int32 [B], the differences of query_starts. `deterministic` gives the bits of paged_attention's own over a
+    cache of the query's dtype.
     """
     if key.stride() != value.stride() or key.stride(2) != 1:
         key, value = key.contiguous(), value.contiguous()
@@ -207,6 +185,33 @@ def _paged(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: 
 def _itemsize(query: Tensor, keys: Tensor) -> int:
     """What matters of the two for the cut: all is float32 where queries are, else bytes come as the cache has them."""
     return 4 if query.dtype == torch.float32 else keys.dtype.itemsize
+
+
+def _launches(query: Tensor, source: Source, sequences: int, sliding_window: int | None) -> tuple[list[Launch], int]:
+    """The launches of a step over the cache, and into how many parts they cut the keys."""
+    tokens = query.shape[0]
+    group = query.shape[1] // source.kv_heads
+    few, many = (cut(group, query.shape[2], source.itemsize) for cut in (few_cut, many_cut))
+    # Sequences of a token or a few are one launch, longer ones another, each with a tile that suits it; a program finds
+    # out whose sequence it has. Where there are as many tokens as sequences, all have one.
+    launches = [Launch(few, sequences, each_sequence=True)]
+    if tokens > sequences:
+        few_tokens = few.rows // group
+        launches.append(Launch(many, _tiles(tokens, sequences, many.rows // group), first=few_tokens + 1))
+    fewest = max(launch.programs for launch in launches) * source.kv_heads
+    longest = source.block_tables.shape[1] * source.block_size
+    longest = longest if sliding_window is None else min(longest, sliding_window)
+    most = min(longest // 256, 64, _most_splits(query))
+    return launches, even_splits(fewest, multiprocessors(query.device), most)
+
+
+def _fixed_launches(query: Tensor, source: Source, sequences: int) -> tuple[list[Launch], int]:
+    """The same of deterministic mode, whose sums are cut at fixed positions, whoever adds them up."""
+    launch = _fixed_launch(query, source, sequences)
+    splits = -(-source.block_tables.shape[1] * source.block_size // FIXED_SPLIT)
+    if launch.programs * source.kv_heads > 2 * multiprocessors(query.device) or splits > _most_splits(query):
+        splits = 1
+    return [launch], splits
 
 
 def _fixed_launch(query: Tensor, source: Source, sequences: int) -> Launch:

@@ -150,22 +150,11 @@ def experts(
     proj: Sequence[Tensor | ScaledWeight],
     experts_per_token: int,
     activation: str,
+    *,
+    deterministic: bool = False,
 ) -> Tensor:
-    """reference.experts; the tile depends on the number of rows."""
-    tiles = _tiles(router_logits, experts_per_token, gate_up[0])
-    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, tiles)
-
-
-def deterministic_experts(
-    x: Tensor,
-    router_logits: Tensor,
-    gate_up: Sequence[Tensor | ScaledWeight],
-    proj: Sequence[Tensor | ScaledWeight],
-    experts_per_token: int,
-    activation: str,
-) -> Tensor:
-    """The same in one tile for any number of rows."""
-    tiles = _SOME_MIXED if _has_blocks(gate_up[0]) else _SOME
+    """reference.experts; the tile depends on the number of rows, but in deterministic mode."""
+    tiles = _tiles(router_logits, experts_per_token, gate_up[0], deterministic)
     return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, tiles)
 
 
@@ -176,22 +165,13 @@ def panel_experts(
     proj: Sequence[Panels],
     experts_per_token: int,
     activation: str,
+    *,
+    deterministic: bool = False,
 ) -> Tensor:
-    """reference.panel_experts; the tile depends on the number of rows. With many, weights are rounded to x's dtype."""
-    tiles = _panel_tiles(router_logits, experts_per_token)
+    """reference.panel_experts; the tile depends on the number of rows, but in deterministic mode. With many rows,
+    weights are rounded to x's dtype."""
+    tiles = _DETERMINISTIC_PANELS if deterministic else _panel_tiles(router_logits, experts_per_token)
     return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, tiles)
-
-
-def deterministic_panel_experts(
-    x: Tensor,
-    router_logits: Tensor,
-    gate_up: Sequence[Panels],
-    proj: Sequence[Panels],
-    experts_per_token: int,
-    activation: str,
-) -> Tensor:
-    """The same in one tile for any number of rows."""
-    return _experts(x, router_logits, gate_up, proj, experts_per_token, activation, _DETERMINISTIC_PANELS)
 
 
 # The tiles of the gated matmul, which has two sets of sums, and of the one after it. With few rows an expert they read
@@ -221,8 +201,11 @@ def _has_blocks(weight: Tensor | ScaledWeight) -> bool:
     return isinstance(weight, ScaledWeight) and weight.has_blocks
 
 
-def _tiles(logits: Tensor, experts_per_token: int, weight: Tensor | ScaledWeight) -> _Tiles:
-    """The tiles whose rows an expert fills, were tokens evenly spread; up to there reading weights takes longer."""
+def _tiles(logits: Tensor, experts_per_token: int, weight: Tensor | ScaledWeight, deterministic: bool) -> _Tiles:
+    """The tiles whose rows an expert fills, were tokens evenly spread; up to there reading weights takes longer. In
+    deterministic mode the middle ones for any number of rows."""
+    if deterministic:
+        return _SOME_MIXED if _has_blocks(weight) else _SOME
     rows = logits.shape[0] * experts_per_token / logits.shape[1]
     if rows <= 8:
         return _FEW

@@ -78,8 +78,15 @@ _SHARED_BYTES: Final = 227 * 1024
 _LATENCY: Final = 1900
 
 
-def scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """reference.scaled_linear; which tile, or torch's own kernel, is a matter of measurement."""
+def scaled_linear(
+    x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype, *, deterministic: bool = False
+) -> Tensor:
+    """reference.scaled_linear; which tile, or torch's own kernel, is a matter of measurement.
+
+    deterministic: in one tile for any number of rows, so that a row's bits do not depend on the others.
+    """
+    if deterministic:
+        return launch(x, weight, bias, dtype, TILES[_DETERMINISTIC])
     device = weight.values.device
     rows = triton_tuning.bucket(x.values.numel() // x.values.shape[-1])
     outputs, inputs = weight.values.shape
@@ -96,11 +103,6 @@ def scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtyp
 
     shape = (rows, outputs, inputs, _kind(x, weight), str(dtype))
     return run(triton_tuning.current().choose("scaled_linear/1", shape, default, variants, run))
-
-
-def deterministic_scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The same in one tile for any number of rows: a row's result does not depend on the others, to the bit."""
-    return launch(x, weight, bias, dtype, TILES[_DETERMINISTIC])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -172,8 +172,18 @@ def panel_kernel(  # type: ignore[no-untyped-def]
     tl.store(y + row.to(tl.int64) * N + column, rounded(result, y.dtype.element_ty), mask=inside)
 
 
-def panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """reference.panel_linear; which tile is a matter of measurement. Weights in dense panels go to the reference."""
+def panel_linear(
+    x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype, *, deterministic: bool = False
+) -> Tensor:
+    """reference.panel_linear; which tile is a matter of measurement. Weights in dense panels go to the reference.
+
+    deterministic: in one tile for any number of rows, so that a row's bits do not depend on the others. Raises
+    ValueError for dense panels, of which that cannot be had.
+    """
+    if deterministic:
+        if not panels.format.bits:
+            raise ValueError(f"{panels.format} on a GPU is not deterministic: keep such weights in rows")
+        return launch(x, panels, bias, dtype, TILES[_DETERMINISTIC])
     if not panels.format.bits:
         return reference.panel_linear(x, panels, bias, dtype)
     rows = x.numel() // x.shape[-1]
@@ -190,10 +200,18 @@ def panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dt
     return run(triton_tuning.current().choose("panel_linear/1", shape, default, variants, run))
 
 
-def panel_gated_linear(x: Tensor, panels: Panels, bias: Tensor | None, activation: str) -> Tensor:
-    """reference.panel_gated_linear: one kernel where no panel holds both gates and ups, as is nearly always so."""
+def panel_gated_linear(
+    x: Tensor, panels: Panels, bias: Tensor | None, activation: str, *, deterministic: bool = False
+) -> Tensor:
+    """reference.panel_gated_linear: one kernel where no panel holds both gates and ups, as is nearly always so.
+
+    deterministic: as in panel_linear.
+    """
     if not _fuses(panels):
-        return gated_activation(panel_linear(x, panels, bias, torch.float32), activation).to(x.dtype)
+        whole = panel_linear(x, panels, bias, torch.float32, deterministic=deterministic)
+        return gated_activation(whole, activation).to(x.dtype)
+    if deterministic:
+        return launch(x, panels, bias, x.dtype, TILES[_DETERMINISTIC_GATED], activation)
     rows = x.numel() // x.shape[-1]
     variants = [name for name, tile in TILES.items() if tile.stacked == 2 and _suits(tile, rows)]
     default = _default(_GATED_DEFAULTS, rows, panels, x.device)
@@ -208,21 +226,6 @@ def panel_gated_linear(x: Tensor, panels: Panels, bias: Tensor | None, activatio
 
     shape = _shape(rows, panels, x.dtype, x.dtype)
     return run(triton_tuning.current().choose("panel_gated_linear/1", shape, default, variants, run))
-
-
-def deterministic_panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The same in one tile for any number of rows: a row's result does not depend on the others, to the bit."""
-    if not panels.format.bits:
-        raise ValueError(f"{panels.format} on a GPU is not deterministic: keep such weights in rows")
-    return launch(x, panels, bias, dtype, TILES[_DETERMINISTIC])
-
-
-def deterministic_panel_gated_linear(x: Tensor, panels: Panels, bias: Tensor | None, activation: str) -> Tensor:
-    """The same of panel_gated_linear."""
-    if not _fuses(panels):
-        whole = deterministic_panel_linear(x, panels, bias, torch.float32)
-        return gated_activation(whole, activation).to(x.dtype)
-    return launch(x, panels, bias, x.dtype, TILES[_DETERMINISTIC_GATED], activation)
 
 
 def launch(

@@ -24,10 +24,23 @@ _PLANNED_LENGTHS: Final = 128
 
 
 def prompt_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, sliding_window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    sliding_window: int | None,
+    *,
+    deterministic: bool = False,
 ) -> Tensor:
-    """reference.prompt_attention -> [T, H, D]"""
+    """reference.prompt_attention -> [T, H, D]
+
+    deterministic: with the bits of triton_attention.paged_attention's own over a cache of the query's dtype.
+    """
     lengths = tuple(lengths)
+    if deterministic:
+        starts, counts = _on_device(lengths, query.device)
+        return packed_attention(query, key, value, starts, counts, scale, sliding_window, deterministic=True)
     longest = max(lengths)
     if sliding_window is not None and sliding_window >= longest:
         sliding_window = None
@@ -41,14 +54,6 @@ def prompt_attention(
     # Where nothing was measured: one launch for many short prompts, PyTorch's kernels for few long ones.
     default = names[-1] if longest >= 1024 and len(lengths) <= 8 else "triton"
     return run(triton_tuning.current().choose("prompt_attention/1", (*shape, *names[1:]), default, names, run))
-
-
-def deterministic_prompt_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, sliding_window: int | None
-) -> Tensor:
-    """The same, with the bits of triton_attention.deterministic_paged_attention over a cache of the query's dtype."""
-    starts, counts = _on_device(tuple(lengths), query.device)
-    return packed_attention(query, key, value, starts, counts, scale, sliding_window, deterministic=True)
 
 
 def variants(query: Tensor, lengths: tuple[int, ...], sliding_window: int | None) -> tuple[str, ...]:

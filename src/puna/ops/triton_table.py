@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -59,6 +60,11 @@ class _Kernel:
     deterministic: Callable[..., Any] | None = None
 
 
+def _with_mode(launcher: Callable[..., Any], refusal: Callable[[OpSpec], str | None] = _always) -> _Kernel:
+    """Of a launcher that takes `deterministic`."""
+    return _Kernel(launcher, refusal, functools.partial(launcher, deterministic=True))
+
+
 _KERNELS: Final = MappingProxyType(
     {
         "embedding": _Kernel(triton_pointwise.embedding),
@@ -71,25 +77,17 @@ _KERNELS: Final = MappingProxyType(
         "gated_activation": _Kernel(triton_pointwise.gated_activation),
         "gated_activation_scaled": _Kernel(triton_pointwise.gated_activation_scaled, _has_fp8),
         "linear": _Kernel(triton_dense.deterministic_linear, _only_deterministic),
-        "panel_linear": _Kernel(triton_linear.panel_linear, deterministic=triton_linear.deterministic_panel_linear),
-        "panel_gated_linear": _Kernel(
-            triton_linear.panel_gated_linear, deterministic=triton_linear.deterministic_panel_gated_linear
-        ),
+        "panel_linear": _with_mode(triton_linear.panel_linear),
+        "panel_gated_linear": _with_mode(triton_linear.panel_gated_linear),
         "panel_embedding": _Kernel(triton_panels.panel_embedding),
-        "scaled_linear": _Kernel(triton_fp8.scaled_linear, _has_fp8, triton_fp8.deterministic_scaled_linear),
-        "paged_attention": _Kernel(
-            triton_attention.paged_attention, _attends, triton_attention.deterministic_paged_attention
-        ),
-        "prompt_attention": _Kernel(
-            triton_prompt.prompt_attention, _attends, triton_prompt.deterministic_prompt_attention
-        ),
+        "scaled_linear": _with_mode(triton_fp8.scaled_linear, _has_fp8),
+        "paged_attention": _with_mode(triton_attention.paged_attention, _attends),
+        "prompt_attention": _with_mode(triton_prompt.prompt_attention, _attends),
         "rotary": _Kernel(triton_rotary.rotary, _rotates),
         "rotate_and_store": _Kernel(triton_rotary.rotate_and_store, _rotates),
         "route_experts": _Kernel(triton_experts.route_experts),
-        "experts": _Kernel(triton_experts.experts, deterministic=triton_experts.deterministic_experts),
-        "panel_experts": _Kernel(
-            triton_experts.panel_experts, deterministic=triton_experts.deterministic_panel_experts
-        ),
+        "experts": _with_mode(triton_experts.experts),
+        "panel_experts": _with_mode(triton_experts.panel_experts),
     }
 )
 
