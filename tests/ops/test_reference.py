@@ -151,7 +151,23 @@ def test_embedding_and_linear() -> None:
         reference.embedding(torch.tensor([5]), weight)
     x = random(2, 3, seed=2)
     expected = x.double().numpy() @ weight.double().numpy().T + bias.double().numpy()
-    np.testing.assert_allclose(reference.linear(x, weight, bias).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(reference.linear(x, weight, bias, torch.float32).numpy(), expected, atol=1e-6)
+
+
+def test_a_wider_result_of_linear_is_the_models_widened() -> None:
+    """As transformers has logits: a 16-bit product, then in float32."""
+    x, weight = torch.randn(3, 40).bfloat16(), torch.randn(7, 40).bfloat16()
+    product = torch.nn.functional.linear(x, weight)
+    assert torch.equal(reference.linear(x, weight, None, torch.bfloat16), product)
+    assert torch.equal(reference.linear(x, weight, None, torch.float32), product.float())
+
+
+def test_gated_linear() -> None:
+    x, weight, bias = torch.randn(3, 40), torch.randn(14, 40), torch.randn(14)
+    wide = x.double() @ weight.double().T + bias.double()
+    expected = wide[:, :7] * torch.sigmoid(wide[:, :7]) * wide[:, 7:]
+    found = reference.gated_linear(x, weight, bias, "silu")
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4, rtol=1e-5)
 
 
 SPEC = OpSpec(device=torch.device("cpu"), dtype=torch.float32, head_size=8)

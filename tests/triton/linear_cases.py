@@ -69,4 +69,4 @@ def dense() -> None:
     ):
         for rows in (1, 512):
             x, weight = torch.empty(rows, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
-            triton_dense.deterministic_linear(x, weight, None)
+            triton_dense.linear(x, weight, None, dtype, deterministic=True)

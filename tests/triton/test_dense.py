@@ -1,4 +1,4 @@
-"""Linear layers over plain matrices in deterministic mode: right, and the same bits for any number of rows."""
+"""Linear layers over plain matrices: right, rounded once; in deterministic mode the same bits beside any others."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from puna.ops import OpSpec, TritonBackend, triton_dense
+from puna.ops import OpSpec, TritonBackend, reference, triton_dense, triton_matrix
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def numbers(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def deterministic(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return triton_dense.linear(x, weight, bias, x.dtype, deterministic=True)
 
 
 def assert_close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -36,7 +40,7 @@ def test_linear(rows: int, outputs: int, inputs: int, dtype: torch.dtype, device
     weight = numbers(outputs, inputs, dtype=dtype, device=device, seed=2)
     bias = numbers(outputs, dtype=dtype, device=device, seed=3)
     for added in (None, bias):
-        found = triton_dense.deterministic_linear(x, weight, added)
+        found = deterministic(x, weight, added)
         assert found.dtype == dtype
         assert_close(found, x, weight, added)
 
@@ -45,15 +49,15 @@ def test_wide_weights(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(triton_dense, "_WIDE_OUTPUTS", 200)
     x = numbers(70, 136, dtype=torch.bfloat16, device=device)
     weight = numbers(210, 136, dtype=torch.bfloat16, device=device, seed=2)
-    assert_close(triton_dense.deterministic_linear(x, weight, None), x, weight, None)
+    assert_close(deterministic(x, weight, None), x, weight, None)
 
 
 def test_rows_of_many_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles of rows than run together, the last group being smaller."""
-    monkeypatch.setattr(triton_dense, "_TOGETHER", 2)
+    monkeypatch.setattr(triton_matrix, "_TOGETHER_BYTES", 2 * 64 * 48)
     x = numbers(64 * 4 + 5, 24, dtype=torch.bfloat16, device=device)
     weight = numbers(130, 24, dtype=torch.bfloat16, device=device, seed=2)
-    assert_close(triton_dense.deterministic_linear(x, weight, None), x, weight, None)
+    assert_close(deterministic(x, weight, None), x, weight, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,34 +65,68 @@ def test_rows_do_not_depend_on_others(dtype: torch.dtype, device: torch.device) 
     rows = 300 if device.type == "cuda" else 70
     x = numbers(rows, 264, dtype=dtype, device=device)
     weight = numbers(48, 264, dtype=dtype, device=device, seed=2)
-    whole = triton_dense.deterministic_linear(x, weight, None)
+    whole = deterministic(x, weight, None)
     for part in (slice(0, 1), slice(7, 8), slice(rows - 1, rows), slice(3, 68), slice(0, 16)):
-        assert torch.equal(triton_dense.deterministic_linear(x[part], weight, None), whole[part])
+        assert torch.equal(deterministic(x[part], weight, None), whole[part])
 
 
 def test_shapes_and_strides(device: torch.device) -> None:
     x = numbers(2, 3, 64, dtype=torch.bfloat16, device=device)[..., ::2]
     weight = numbers(32, 40, dtype=torch.bfloat16, device=device, seed=2).T  # columns of a matrix
-    found = triton_dense.deterministic_linear(x, weight, None)
+    found = deterministic(x, weight, None)
     assert found.shape == (2, 3, 40)
     assert_close(found, x, weight, None)
-    assert triton_dense.deterministic_linear(x[:0], weight, None).shape == (0, 3, 40)
+    assert deterministic(x[:0], weight, None).shape == (0, 3, 40)
     with pytest.raises(ValueError, match="one dtype"):
-        triton_dense.deterministic_linear(x.float(), weight, None)
+        deterministic(x.float(), weight, None)
 
 
-def test_only_deterministic_mode_has_it() -> None:
-    backend = TritonBackend()
-    spec = OpSpec(device=torch.device("cpu"), dtype=torch.bfloat16, head_size=128, differentiable=False)
-    refusal = backend.function("linear", spec)
-    assert isinstance(refusal, str)
-    assert "cuBLAS" in refusal
-    deterministic = OpSpec(
-        device=torch.device("cpu"), dtype=torch.bfloat16, head_size=128, differentiable=False, deterministic=True
-    )
-    assert backend.function("linear", deterministic) is triton_dense.deterministic_linear
-    for op in ("panel_linear", "panel_gated_linear"):
-        assert backend.function(op, spec) is not backend.function(op, deterministic)
+@pytest.mark.parametrize("rows", [1, 20, 40, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("result", [torch.float32, None])
+def test_the_backend_takes_any_number_of_rows(
+    result: torch.dtype | None, dtype: torch.dtype, rows: int, device: torch.device
+) -> None:
+    spec = OpSpec(device=device, dtype=dtype, head_size=128, differentiable=False)
+    linear = TritonBackend().function("linear", spec)
+    assert callable(linear)
+    x, weight = (numbers(n, 64, dtype=dtype, device=device, seed=n) for n in (rows, 40))
+    bias = numbers(40, dtype=dtype, device=device)
+    for added in (None, bias):
+        found = linear(x, weight, added, result or dtype)
+        assert found.dtype == (result or dtype)
+        if device.type == "cpu" and rows > 32:  # torch has no sums in float32 on the CPU
+            assert torch.equal(found, reference.linear(x, weight, added, result or dtype))
+        else:
+            assert_close(found, x, weight, added)
+    assert linear(x[:0], weight, None, dtype).shape == (0, 40)
+
+
+def test_rows_that_are_not_multiples_of_16_bytes(device: torch.device) -> None:
+    """Their loads would be narrow, and so they are left to torch."""
+    x, weight = (numbers(n, 36, dtype=torch.bfloat16, device=device, seed=n) for n in (2, 20))
+    assert triton_dense._tiles(x, weight) == ()
+    torch.testing.assert_close(triton_dense.linear(x, weight, None, x.dtype), x @ weight.T)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 70])
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated(dtype: torch.dtype, mode: bool, rows: int, device: torch.device) -> None:
+    x, weight = (numbers(n, 128, dtype=dtype, device=device, seed=n) for n in (rows, 76))
+    bias = numbers(76, dtype=dtype, device=device)
+    found = triton_dense.gated_linear(x, weight * 0.1, bias, "silu", deterministic=mode)
+    assert found.dtype == dtype
+    expected = reference.gated_linear(x.double(), weight.mul(0.1).double(), bias.double(), "silu")
+    epsilon = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=4 * epsilon, atol=max(2 * epsilon, 1e-5))
+
+
+def test_deterministic_gated_rows_do_not_depend_on_others(device: torch.device) -> None:
+    x, weight = (numbers(n, 200, dtype=torch.bfloat16, device=device, seed=n) for n in (70, 76))
+    whole = triton_dense.gated_linear(x, weight, None, "gelu", deterministic=True)
+    for part in (slice(0, 1), slice(69, 70), slice(3, 68)):
+        assert torch.equal(triton_dense.gated_linear(x[part], weight, None, "gelu", deterministic=True), whole[part])
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ SPEC = OpSpec(device=torch.device("cpu"), dtype=torch.bfloat16, head_size=128, d
 def test_every_op_has_a_launcher_or_a_reason() -> None:
     answers = {op: triton_table.function(op, SPEC) for op in OP_NAMES}
     reasons = {op: answer for op, answer in answers.items() if isinstance(answer, str)}
-    # Dense attention is for training and as the oracle; plain matrices are cuBLAS's.
-    assert set(reasons) == {"attention", "linear"}
+    # For training, and as the oracle.
+    assert set(reasons) == {"attention"}
     assert all(callable(answer) for op, answer in answers.items() if op not in reasons)
 
 
@@ -31,7 +31,7 @@ def test_sizes_that_a_kernel_does_not_take_are_refused_with_the_reason() -> None
 @pytest.mark.parametrize(
     "op",
     [
-        *("panel_linear", "panel_gated_linear", "scaled_linear"),
+        *("linear", "gated_linear", "panel_linear", "panel_gated_linear", "scaled_linear", "scaled_gated_linear"),
         *("paged_attention", "prompt_attention", "experts", "panel_experts"),
     ],
 )

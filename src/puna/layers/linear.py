@@ -220,12 +220,12 @@ class ColumnLinear(_Linear):
         self, x: Tensor | ScaledRows, activation: str, scaling: InputScaling | None = None
     ) -> Tensor | ScaledRows:
         """activation(gate) * up of a layer of two segments, gate and up; with `scaling`, rounded for the next layer."""
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            return part.format.gated_linear(self.ops, x, self._weights(part), self.bias, activation, scaling)
         if scaling is not None:
             return self.ops.gated_activation_scaled(self(x), activation, scaling)
-        if len(self.parts) > 1:
-            return self.ops.gated_activation(self(x), activation)
-        part = self.parts[0]
-        return part.format.gated_linear(self.ops, x, self._weights(part), self.bias, activation)
+        return self.ops.gated_activation(self(x), activation)
 
     def pieces(self) -> list[Piece]:
         pieces = []

@@ -118,10 +118,13 @@ class OpTable:
 
     embedding(token_ids [...], weight [V, E]) -> [..., E]; also any other choice of rows of a matrix
     panel_embedding(token_ids [...], panels of [V, E], dtype) -> [..., E]
-    linear(x [..., E], weight [N, E], bias [N] or None) -> [..., N]
+    linear(x [..., E], weight [N, E], bias [N] or None, dtype of the result) -> [..., N]
+    gated_linear(x [..., E], weight [2 F, E], bias [2 F] or None, name of the activation) -> [..., F]
     panel_linear(x [..., E], panels of [N, E], bias [N] or None, dtype of the result) -> [..., N]
     panel_gated_linear(x [..., E], panels of [2 F, E], bias [2 F] or None, name of the activation) -> [..., F]
     scaled_linear(x of rows [..., E], weight of [N, E], bias [N] or None, dtype of the result) -> [..., N]
+    scaled_gated_linear(x of rows [..., E], weight of [2 F, E], bias [2 F] or None, name of the activation, scaling of
+        the result or None) -> [..., F] in the dtype that x had, or rows [..., F] in FP8
     quantize_rows(x [..., E], scaling) -> rows [..., E] in FP8
     rms_norm_scaled, add_rms_norm_scaled, gated_activation_scaled: these ops, with quantize_rows of their result
     add(a [..., E], b [..., E]) -> [..., E]
@@ -143,10 +146,14 @@ class OpTable:
 
     embedding: Callable[[Tensor, Tensor], Tensor]
     panel_embedding: Callable[[Tensor, Panels, torch.dtype], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+    gated_linear: Callable[[Tensor, Tensor, Tensor | None, str], Tensor]
     panel_linear: Callable[[Tensor, Panels, Tensor | None, torch.dtype], Tensor]
     panel_gated_linear: Callable[[Tensor, Panels, Tensor | None, str], Tensor]
     scaled_linear: Callable[[ScaledRows, ScaledWeight, Tensor | None, torch.dtype], Tensor]
+    scaled_gated_linear: Callable[
+        [ScaledRows, ScaledWeight, Tensor | None, str, InputScaling | None], Tensor | ScaledRows
+    ]
     quantize_rows: Callable[[Tensor, InputScaling], ScaledRows]
     add: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -208,11 +215,13 @@ class CompiledBackend:
 # What only the dense path, weights in rows and FP8 use, which are there for training, as the oracle, and for GPUs.
 _REFERENCE_ONLY = (
     "linear",
+    "gated_linear",
     "attention",
     "route_experts",
     "prompt_attention",
     "experts",
     "scaled_linear",
+    "scaled_gated_linear",
     "quantize_rows",
     "rms_norm_scaled",
     "add_rms_norm_scaled",

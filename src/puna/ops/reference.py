@@ -26,9 +26,18 @@ def panel_embedding(token_ids: Tensor, panels: Panels, dtype: torch.dtype) -> Te
     return F.embedding(token_ids, panels.dequantize(0, panels.outputs)).to(dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., E] @ weight [N, E] transposed, plus bias [N] -> [..., N]."""
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [..., E] @ weight [N, E] transposed, plus bias [N], all of one dtype -> [..., N] in `dtype`.
+
+    Here the result has x's dtype before it is turned into a wider one, as it has in Hugging Face's models: anything
+    else would cost a copy of the weight. Kernels of ours round their sums, which are in float32, once.
+    """
+    return F.linear(x, weight, bias).to(dtype)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """activation(gate) * up, where gate and up are the two halves of linear's result [..., 2 F] -> [..., F]."""
+    return gated_activation(linear(x, weight, bias, x.dtype), activation)
 
 
 def panel_linear(x: Tensor, panels: Panels, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -71,6 +80,17 @@ def _fp8_scale(highest: Tensor) -> Tensor:
 def scaled_linear(x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [..., E] @ weight [N, E] transposed, plus bias [N] -> [..., N] in `dtype`; the sums are in float32."""
     return F.linear(x.dequantize(), weight.dequantize(), None if bias is None else bias.float()).to(dtype)
+
+
+def scaled_gated_linear(
+    x: ScaledRows, weight: ScaledWeight, bias: Tensor | None, activation: str, scaling: InputScaling | None
+) -> Tensor | ScaledRows:
+    """activation(gate) * up, where gate and up are the two halves of scaled_linear's result [..., 2 F] in the dtype
+    that x had -> [..., F] in that dtype, or rounded by quantize_rows."""
+    gate_up = scaled_linear(x, weight, bias, x.dtype)
+    if scaling is not None:
+        return gated_activation_scaled(gate_up, activation, scaling)
+    return gated_activation(gate_up, activation)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
@@ -337,5 +357,5 @@ def experts(
 
 def _row_linear(x: Tensor, weight: Tensor | ScaledWeight) -> Tensor:
     if isinstance(weight, Tensor):
-        return linear(x, weight, None)
+        return linear(x, weight, None, x.dtype)
     return scaled_linear(quantize_rows(x, InputScaling(blocks=weight.has_blocks)), weight, None, x.dtype)

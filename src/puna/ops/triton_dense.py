@@ -1,134 +1,119 @@
-"""Linear layers over plain matrices in deterministic mode: the same sums in the same order for any number of rows.
+"""Linear layers over plain matrices on GPUs: our kernel for few rows and in deterministic mode, torch's for the rest.
 
-Otherwise torch's own (cuBLAS) multiplies plain matrices: it chooses a kernel, and so an order of sums, by the number of
-rows, and may add up parts of the inputs in any order.
+cuBLAS chooses a kernel, and so an order of sums, by the number of rows, and may add up parts of the inputs in any
+order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from puna.ops import reference
-from puna.ops.triton_panels import computable
-from puna.ops.triton_rounding import rounded
+from puna.ops import reference, triton_tuning
+from puna.ops.triton_device import multiprocessors
+from puna.ops.triton_matrix import TILES, USUAL_TILES, Tile, launch, ranked_tiles
+from puna.ops.triton_pointwise import gated_activation
 
-
-@dataclass(frozen=True)
-class Tile:
-    """One program's share: `outputs` x `rows` of the result, `inputs` at a time."""
-
-    outputs: int
-    rows: int
-    inputs: int
-    warps: int = 4
-    stages: int = 4
-
-
-# The tile depends on the weight alone. Weight rows are the M of the tensor cores' tile, so that few tokens are cheap.
-# 64 outputs a program where that is what gives most of an H200's 132 multiprocessors one; float32 is multiplied without
-# tensor cores, which would round it to tf32.
-_NARROW: Final = Tile(64, 64, 128)
-_WIDE: Final = Tile(128, 64, 64, stages=5)
-_FLOAT32: Final = Tile(64, 32, 32, stages=3)
+_LIBRARY: Final = "library"
+_APART: Final = "apart"
+# Rows up to which our kernel is the default: by count it keeps up with the memory there, in one launch.
+_FEW_ROWS: Final = 32
+# Rows up to which it is worth measuring.
+_MEASURED_ROWS: Final = 64
+# Deterministic mode: the tile depends on the weight alone. 64 outputs a program where that is what gives most of an
+# H200's 132 multiprocessors one; float32 is multiplied without tensor cores, which would round it to tf32.
+_NARROW: Final = TILES["64x64"]
+_WIDE: Final = TILES["128x64"]
+_FLOAT32: Final = Tile(64, 32, 128, stages=3)
 _WIDE_OUTPUTS: Final = 128 * 132
-# Tiles of rows that run beside each other before the next outputs: 1,024 rows of 4,096 inputs are 8 MB, which the L2
-# cache holds, and the weight is read once for them.
-_TOGETHER: Final = 16
+# What loads of 16 bytes ask of a row.
+_ALIGNMENT: Final = 16
 
 
-# T is not specialised: one machine code for all numbers of rows.
-@triton.jit(do_not_specialize=["T"])
-def linear_kernel(  # type: ignore[no-untyped-def]
-    x,  # [T, E]
-    weight,  # [N, E]
-    bias,  # [N], or unused
-    y,  # [T, N]
-    T,
-    N,
-    E,
-    x_stride,
-    weight_stride,
-    HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    INPUTS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    row_tiles, output_tiles = tl.cdiv(T, ROWS), tl.cdiv(N, OUTPUTS)
-    group = tl.program_id(0) // (TOGETHER * output_tiles)
-    within = tl.program_id(0) % (TOGETHER * output_tiles)
-    size = tl.minimum(row_tiles - group * TOGETHER, TOGETHER)
-    n = within // size * OUTPUTS + tl.arange(0, OUTPUTS)
-    t = (group * TOGETHER + within % size) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, INPUTS)
-    # What lies outside is computed from other rows and not stored.
-    weights = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * weight_stride + k[None, :]
-    rows = x + tl.minimum(t, T - 1).to(tl.int64)[None, :] * x_stride + k[:, None]
-    total = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    for start in range(0, E, INPUTS):
-        if EVEN:
-            a, b = tl.load(weights), tl.load(rows)
-        else:
-            a = tl.load(weights, mask=(start + k < E)[None, :], other=0.0)
-            b = tl.load(rows, mask=(start + k < E)[:, None], other=0.0)
-        total = tl.dot(computable(a), computable(b), total, input_precision="ieee")
-        weights += INPUTS
-        rows += INPUTS
-    inside = (n < N)[:, None] & (t < T)[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(y + t.to(tl.int64)[None, :] * N + n[:, None], rounded(total, y.dtype.element_ty), mask=inside)
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, deterministic: bool = False
+) -> Tensor:
+    """reference.linear, with sums in float32 that are rounded once; which tile, or torch's own kernel, is a matter of
+    measurement.
 
-
-def deterministic_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """reference.linear, where a row's result does not depend on the other rows, to the bit; sums are in float32.
-
-    Raises ValueError where x, the weight and the bias are not of one dtype.
+    deterministic: in one tile for any number of rows, so that a row's bits do not depend on the others. Raises
+    ValueError where x, the weight and the bias are not of one dtype.
     """
+    _check(x, weight, bias)
+    if deterministic and _has_kernel(x):
+        return launch(x, weight, bias, dtype, _one_tile(weight)).values
+    variants = _tiles(x, weight)
+    if not variants:
+        return _library(x, weight, bias, dtype)
+
+    def run(variant: str) -> Tensor:
+        if variant == _LIBRARY:
+            return _library(x, weight, bias, dtype)
+        return launch(x, weight, bias, dtype, TILES[variant]).values
+
+    default = variants[0] if _rows(x) <= _FEW_ROWS else _LIBRARY
+    shape = (_rows(x), *weight.shape, str(x.dtype), str(dtype))
+    return run(triton_tuning.current().choose("linear/1", shape, default, (*variants, _LIBRARY), run))
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *, deterministic: bool = False
+) -> Tensor:
+    """reference.gated_linear: few rows in one launch.
+
+    deterministic: as in linear.
+    """
+    _check(x, weight, bias)
+    if deterministic and _has_kernel(x):
+        return launch(x, weight, bias, x.dtype, _one_tile(weight), activation).values
+
+    def run(variant: str) -> Tensor:
+        if variant == _APART:
+            return gated_activation(linear(x, weight, bias, x.dtype), activation)
+        return launch(x, weight, bias, x.dtype, TILES[variant], activation).values
+
+    variants = _tiles(x, weight)
+    if not variants:
+        return run(_APART)
+    default = variants[0] if _rows(x) <= _FEW_ROWS else _APART
+    shape = (_rows(x), *weight.shape, str(x.dtype))
+    return run(triton_tuning.current().choose("gated_linear/1", shape, default, (*variants, _APART), run))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         found = ", ".join(str(part.dtype) for part in (x, weight, bias) if part is not None)
         raise ValueError(f"a linear layer of {found}: they must be of one dtype")
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return reference.linear(x, weight, bias)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _rows(x: Tensor) -> int:
+    return triton_tuning.bucket(x.numel() // x.shape[-1])
+
+
+def _tiles(x: Tensor, weight: Tensor) -> tuple[str, ...]:
+    """The tiles that are worth measuring; none where the kernel is not."""
     outputs, inputs = weight.shape
-    flat = x.reshape(-1, inputs)
-    if flat.stride(1) != 1:
-        flat = flat.contiguous()
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    tile = _tile(x.dtype, outputs)
-    if y.numel():
-        linear_kernel[(triton.cdiv(outputs, tile.outputs) * triton.cdiv(flat.shape[0], tile.rows),)](
-            flat,
-            weight,
-            y if bias is None else bias,
-            y,
-            flat.shape[0],
-            outputs,
-            inputs,
-            flat.stride(0),
-            weight.stride(0),
-            HAS_BIAS=bias is not None,
-            EVEN=inputs % tile.inputs == 0,
-            OUTPUTS=tile.outputs,
-            ROWS=tile.rows,
-            INPUTS=tile.inputs,
-            TOGETHER=_TOGETHER,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    return y
+    row_bytes = inputs * weight.element_size()
+    if x.dtype not in (torch.bfloat16, torch.float16) or _rows(x) > _MEASURED_ROWS or row_bytes % _ALIGNMENT:
+        return ()
+    return ranked_tiles(USUAL_TILES, _rows(x), outputs, row_bytes, False, multiprocessors(x.device))
 
 
-def _tile(dtype: torch.dtype, outputs: int) -> Tile:
-    if dtype == torch.float32:
+def _one_tile(weight: Tensor) -> Tile:
+    if weight.dtype == torch.float32:
         return _FLOAT32
-    return _WIDE if outputs >= _WIDE_OUTPUTS else _NARROW
+    return _WIDE if weight.shape[0] >= _WIDE_OUTPUTS else _NARROW
+
+
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """torch's own kernel. On GPUs it has the sums in float32 too, of 16-bit matrices, and without a bias."""
+    if dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cuda":
+        return reference.linear(x, weight, bias, dtype)
+    y = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=dtype).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias

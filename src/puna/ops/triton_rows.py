@@ -88,8 +88,8 @@ def row_starts(row, inner, outer_stride, inner_stride):  # type: ignore[no-untyp
 
 
 @triton.jit
-def write_rows(value, y, scales, static, row, column, inside, SIZE: tl.constexpr, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes value [ROWS, BLOCK], of the dtype of the rows and zero outside, to the rows `row` of y [..., SIZE].
+def write_rows(value, y, scales, static, row, column, inside, size, MODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes value [ROWS, BLOCK], of the dtype of the rows and zero outside, to the rows `row` of y [..., size].
 
     BY_ROW needs the whole row in one BLOCK, BY_BLOCK a BLOCK and a first column that are multiples of 128. The bits are
     those of reference.quantize_rows.
@@ -107,12 +107,12 @@ def write_rows(value, y, scales, static, row, column, inside, SIZE: tl.constexpr
             top = highest(groups, 2)
             scale = tl.where(top < 1e-12, 1e-12, top) * (1.0 / 448.0)
             quotient = tl.reshape(tl.div_rn(groups, tl.zeros_like(groups) + scale[:, :, None]), (ROWS, BLOCK))
-            COUNT: tl.constexpr = (SIZE + GROUP - 1) // GROUP
+            count = (size + GROUP - 1) // GROUP
             group = tl.min(column, axis=0) // GROUP + tl.arange(0, BLOCK // GROUP)
             rows_inside = tl.max(inside.to(tl.int32), axis=1) > 0
-            used = rows_inside[:, None] & (group < COUNT)[None, :]
-            tl.store(scales + row[:, None] * COUNT + group[None, :], scale, mask=used)
+            used = rows_inside[:, None] & (group < count)[None, :]
+            tl.store(scales + row[:, None] * count + group[None, :], scale, mask=used)
         # Comparisons, unlike minimum and maximum, let NaN through.
         quotient = tl.where(quotient > 448.0, 448.0, quotient)
         value = rounded(tl.where(quotient < -448.0, -448.0, quotient), tl.float8e4nv)
-    tl.store(y + row[:, None] * SIZE + column[None, :], value, mask=inside)
+    tl.store(y + row[:, None] * size + column[None, :], value, mask=inside)

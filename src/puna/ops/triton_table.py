@@ -46,10 +46,6 @@ def _has_fp8(spec: OpSpec) -> str | None:
     return None
 
 
-def _only_deterministic(spec: OpSpec) -> str | None:
-    return None if spec.deterministic else "torch's own (cuBLAS) multiplies plain matrices"
-
-
 @dataclass(frozen=True)
 class _Kernel:
     """A launcher, for a spec the reason why it does not serve it, or None, and the one of the deterministic mode, if
@@ -76,11 +72,13 @@ _KERNELS: Final = MappingProxyType(
         "quantize_rows": _Kernel(triton_pointwise.quantize_rows, _has_fp8),
         "gated_activation": _Kernel(triton_pointwise.gated_activation),
         "gated_activation_scaled": _Kernel(triton_pointwise.gated_activation_scaled, _has_fp8),
-        "linear": _Kernel(triton_dense.deterministic_linear, _only_deterministic),
+        "linear": _with_mode(triton_dense.linear),
+        "gated_linear": _with_mode(triton_dense.gated_linear),
         "panel_linear": _with_mode(triton_linear.panel_linear),
         "panel_gated_linear": _with_mode(triton_linear.panel_gated_linear),
         "panel_embedding": _Kernel(triton_panels.panel_embedding),
         "scaled_linear": _with_mode(triton_fp8.scaled_linear, _has_fp8),
+        "scaled_gated_linear": _with_mode(triton_fp8.scaled_gated_linear, _has_fp8),
         "paged_attention": _with_mode(triton_attention.paged_attention, _attends),
         "prompt_attention": _with_mode(triton_prompt.prompt_attention, _attends),
         "rotary": _Kernel(triton_rotary.rotary, _rotates),

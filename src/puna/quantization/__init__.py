@@ -85,8 +85,10 @@ class WeightFormat(Protocol):
         parameters: Mapping[str, Tensor],
         bias: Tensor | None,
         activation: str,
-    ) -> Tensor:
-        """activation(gate) * up of a weight whose first N / 2 outputs are gate, the others up -> [..., N / 2]."""
+        scaling: InputScaling | None,
+    ) -> Tensor | ScaledRows:
+        """activation(gate) * up of a weight whose first N / 2 outputs are gate, the others up -> [..., N / 2], rounded
+        for the next layer where that says how."""
         ...
 
     def embedding(

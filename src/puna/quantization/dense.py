@@ -70,7 +70,10 @@ class DenseFormat:
         bias: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        return self._multiply(ops, plain(x), parameters["weight"], bias).to(dtype)
+        own = plain(x)
+        if own.dtype != self.dtype:  # where a checkpoint keeps some tensors in another one than the model's
+            own, bias = own.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        return ops.linear(own, parameters["weight"], bias, dtype)
 
     def gated_linear(
         self,
@@ -79,16 +82,16 @@ class DenseFormat:
         parameters: Mapping[str, Tensor],
         bias: Tensor | None,
         activation: str,
-    ) -> Tensor:
-        return ops.gated_activation(self._multiply(ops, plain(x), parameters["weight"], bias).to(x.dtype), activation)
+        scaling: InputScaling | None,
+    ) -> Tensor | ScaledRows:
+        if scaling is None and x.dtype == self.dtype:
+            return ops.gated_linear(plain(x), parameters["weight"], bias, activation)
+        whole = self.linear(ops, x, parameters, bias, x.dtype)
+        if scaling is None:
+            return ops.gated_activation(whole, activation)
+        return ops.gated_activation_scaled(whole, activation, scaling)
 
     def embedding(
         self, ops: OpTable, token_ids: Tensor, parameters: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
         return ops.embedding(token_ids, parameters["weight"]).to(dtype)
-
-    def _multiply(self, ops: OpTable, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """In the weight's dtype, which is another one than x's where a checkpoint keeps some tensors so."""
-        if x.dtype != self.dtype:
-            x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
-        return ops.linear(x, weight, bias)

@@ -112,8 +112,7 @@ class Fp8Format:
         bias: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        rows = x if isinstance(x, ScaledRows) else ops.quantize_rows(x, self.input_scaling(parameters))
-        return ops.scaled_linear(rows, self.weight(parameters), bias, dtype)
+        return ops.scaled_linear(self._rounded(ops, x, parameters), self.weight(parameters), bias, dtype)
 
     def gated_linear(
         self,
@@ -122,8 +121,14 @@ class Fp8Format:
         parameters: Mapping[str, Tensor],
         bias: Tensor | None,
         activation: str,
-    ) -> Tensor:
-        return ops.gated_activation(self.linear(ops, x, parameters, bias, x.dtype), activation)
+        scaling: InputScaling | None,
+    ) -> Tensor | ScaledRows:
+        return ops.scaled_gated_linear(
+            self._rounded(ops, x, parameters), self.weight(parameters), bias, activation, scaling
+        )
+
+    def _rounded(self, ops: OpTable, x: Tensor | ScaledRows, parameters: Mapping[str, Tensor]) -> ScaledRows:
+        return x if isinstance(x, ScaledRows) else ops.quantize_rows(x, self.input_scaling(parameters))
 
     def embedding(
         self, ops: OpTable, token_ids: Tensor, parameters: Mapping[str, Tensor], dtype: torch.dtype

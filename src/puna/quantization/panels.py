@@ -107,7 +107,10 @@ class _PanelFormat(ABC):
         parameters: Mapping[str, Tensor],
         bias: Tensor | None,
         activation: str,
-    ) -> Tensor:
+        scaling: InputScaling | None,
+    ) -> Tensor | ScaledRows:
+        if scaling is not None:
+            return ops.gated_activation_scaled(self.linear(ops, x, parameters, bias, x.dtype), activation, scaling)
         return ops.panel_gated_linear(plain(x), self.panels(parameters), bias, activation)
 
     def embedding(
