@@ -42,7 +42,7 @@ from puna.scheduling.pooling_params import Pooling, PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import Scheduler, SchedulerLimits
 from puna.scheduling.sequence import Request
-from puna.scheduling.step_plan import StepPlan, StepResult
+from puna.scheduling.step_plan import StepPlan, StepResult, Unsatisfiable
 
 Listener = Callable[[RequestDelta], None]
 _STEP_SIZES: Final = 16  # up to 16,384 tokens, and more
@@ -353,7 +353,10 @@ class Engine:
     def _bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as it is encoded at the start of a text and after a space."""
         encode = self.parts.tokenizer.encode
-        spelled = {tuple(encode(text, add_special_tokens=False)) for word in words for text in (word, f" {word}")}
+        try:
+            spelled = {tuple(encode(text, add_special_tokens=False)) for word in words for text in (word, f" {word}")}
+        except ValueError as error:
+            raise ValueError(f"bad_words can't be encoded: {error}") from error
         return tuple(sorted(ids for ids in spelled if ids))
 
     # ---- the planning thread
@@ -410,6 +413,10 @@ class Engine:
             except Exception as error:  # of one request's text: no reason to end the others
                 _log.exception("request %s: its output can't be made", processor.request.request_id)
                 delta = RequestDelta(processor.request.request_id, finished=True, error=_text_of(error))
+            else:
+                failed = delta.error is not None and not isinstance(delta.error, Unsatisfiable)
+                if failed and processor.request.beams is None:  # beams also fail when they are aborted
+                    _log.error("request %s failed: %s", delta.request_id, delta.error)
             if delta.finished:
                 with self._lock:
                     del self._processors[key]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from puna.runtime.sequence_state import SequenceState
+from puna.scheduling.step_plan import Unsatisfiable
 
 
 class Entries(NamedTuple):
@@ -101,7 +102,7 @@ def _constrain(x: Tensor, states: Sequence[SequenceState], errors: dict[int, str
         try:
             matcher.fill_bitmask(bits[place])
         except ValueError as error:
-            errors[sequence_id] = f"guided decoding can't go on: {error}"
+            errors[sequence_id] = Unsatisfiable(f"guided decoding can't go on: {error}")
     shifts = torch.arange(32, dtype=torch.int32, device=x.device)
     is_out = (bits.to(x.device).unsqueeze(2) >> shifts).bitwise_and_(1).flatten(1)[:, : x.shape[1]] == 0
     rows = torch.tensor([row for row, _, _ in guided], device=x.device)

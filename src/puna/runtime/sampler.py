@@ -23,7 +23,7 @@ from puna.runtime.logit_edits import Entries, edit, entries
 from puna.runtime.logprobs import candidates, token_logprobs
 from puna.runtime.sequence_state import GrammarSource, Matcher, SequenceState
 from puna.scheduling.sampling_params import SamplingParams
-from puna.scheduling.step_plan import NewSequence, SampledToken, TokenLogprobs
+from puna.scheduling.step_plan import NewSequence, SampledToken, TokenLogprobs, Unsatisfiable
 
 __all__ = [
     "GrammarSource",
@@ -289,4 +289,5 @@ def row_error(params: SamplingParams, of_model: float, after_edits: float) -> st
     if after_edits > -float("inf"):
         return None
     names = ("allowed_token_ids", "bad_words", "no_repeat_ngram_size", "min_tokens", "logits_processors", "guided")
-    return f"every token is ruled out by {', '.join(name for name in names if getattr(params, name))}: loosen them"
+    given = ", ".join(name for name in names if getattr(params, name))
+    return Unsatisfiable(f"every token is ruled out by {given}: loosen them")

@@ -109,6 +109,10 @@ class PromptLogprobs(NamedTuple):
     tokens: tuple[TokenLogprobs, ...]
 
 
+class Unsatisfiable(str):
+    """Why a sequence can't go on, where the fault is its request's: what that asks for leaves no token to choose."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step chose. `candidates`: for rows with beams, the likeliest next tokens, best first.

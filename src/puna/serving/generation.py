@@ -16,9 +16,10 @@ from puna.runtime.guided import UnenforceableError
 from puna.scheduling.pooling_params import PoolingParams
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.scheduler import QueueFullError
+from puna.scheduling.step_plan import Unsatisfiable
 from puna.serving.errors import ApiError, bad_request
 from puna.serving.protocol import EngineRequest, SamplingRequest
-from puna.serving.record import RequestMeter, RequestRecord
+from puna.serving.record import UNENFORCEABLE, RequestMeter, RequestRecord
 from puna.serving.state import ServerState
 
 if TYPE_CHECKING:
@@ -103,16 +104,22 @@ class Generation:
             ) from None
         except PromptTooLongError:
             self.cancel()
-            field = "messages" if "messages" in type(request).model_fields else "prompt"
             count, remedy = len(output.prompt_token_ids), "shorten it, so that there is room for an answer"
-            raise too_long("the prompt", count, engine.max_model_len, field, remedy) from None
+            raise too_long("the prompt", count, engine.max_model_len, self._prompt_field, remedy) from None
         except ValueError as error:
             self.cancel()
-            raise refusal(error) from None
+            refused = refusal(error)
+            if refused.message.startswith("the prompt "):
+                refused.param = self._prompt_field
+            raise refused from None
         except RuntimeError:
             self.cancel()
             raise engine_error() from None
         return self
+
+    @property
+    def _prompt_field(self) -> str:
+        return "messages" if "messages" in type(self._request).model_fields else "prompt"
 
     async def _compile(self) -> None:
         """Kept by the compiler, so that submit only looks it up."""
@@ -122,7 +129,7 @@ class Generation:
         try:
             await asyncio.to_thread(self._engine.parts.grammars.compile, self._params.guided)
         except UnenforceableError as error:
-            raise ApiError(422, str(error), param=field, code="unenforceable_constraint") from None
+            raise ApiError(422, str(error), param=field, code=UNENFORCEABLE) from None
         except ValueError as error:
             raise bad_request(str(error), field) from None
 
@@ -165,6 +172,8 @@ class Generation:
     def _take(self, batch: list[_Arrival]) -> list[Part]:
         parts: list[Part] = []
         for index, delta in batch:
+            if isinstance(delta.error, Unsatisfiable):
+                raise ApiError(422, str(delta.error), code=UNENFORCEABLE)
             try:
                 self.outputs[index].add(delta)
             except RuntimeError:

@@ -12,8 +12,10 @@ from typing import Any, Final
 from puna.engine.outputs import RequestDelta, RequestStart
 from puna.scheduling.sampling_params import SamplingParams
 from puna.scheduling.sequence import FinishReason
+from puna.scheduling.step_plan import Unsatisfiable
 from puna.serving.metrics import FinishedRequest, Metrics
 
+UNENFORCEABLE: Final = "unenforceable_constraint"  # the code of what can't be held to, found before or on the way
 _REQUEST_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -131,7 +133,7 @@ class RequestMeter:
 
     def _finished(self, prompt: _Prompt, delta: RequestDelta, now: float) -> None:
         if delta.error is not None:
-            self._record.error = "engine_error"
+            self._record.error = UNENFORCEABLE if isinstance(delta.error, Unsatisfiable) else "engine_error"
             for _ in range(prompt.num_running):
                 self._metrics.ended("error")
                 self._record.finish_reasons.append("error")
