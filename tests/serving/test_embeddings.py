@@ -352,7 +352,9 @@ def test_metrics_count_their_tokens(serve: Serve) -> None:
         assert value(server, "vllm:time_to_first_token_seconds_count") == 0
 
 
-def test_a_model_whose_numbers_overflow_fails_alone(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_numbers_overflow_fails_alone(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert server.state.engine is not None
     pooler = server.state.engine.parts.executor._runner.pooler  # type: ignore[attr-defined]
     pool = pooler.pool
@@ -360,5 +362,7 @@ def test_a_model_whose_numbers_overflow_fails_alone(server: Running, monkeypatch
     answer = post(server, input="a")
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the engine failed on this request"
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "puna.engine.engine"]
+    assert line.endswith("failed: the model's hidden states are NaN or infinite"), line
     monkeypatch.undo()
     assert post(server, input="a").status_code == 200

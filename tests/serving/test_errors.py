@@ -129,6 +129,33 @@ def test_prompts_that_are_too_long_have_openais_code(
     assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 
 
+CONTRADICTIONS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"guided_choice": ["a"], "min_tokens": 3}, "min_tokens"),
+    ({"guided_choice": ["ab"], "bad_words": ["a"]}, "bad_words"),
+    ({"guided_regex": "[b-d]+", "allowed_token_ids": [5]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [53], "bad_words": ["T"]}, "allowed_token_ids"),
+)
+
+
+@pytest.mark.parametrize(("fields", "name"), CONTRADICTIONS, ids=[name for _, name in CONTRADICTIONS])
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_contradicts_itself_is_no_failure_of_the_engine(
+    server: Any, fields: dict[str, Any], name: str, chat: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, body = ("/v1/chat/completions", CHAT) if chat else ("/v1/completions", TEXT)
+    body = body | {"max_tokens": 5, **fields}
+    for n in (1, 2):
+        answer = server.http.post(path, json=body | {"n": n}, headers={"x-request-id": f"contradiction-{n}"})
+        check(answer, 422, f"every token is ruled out by {name}")
+        assert answer.json()["error"]["code"] == "unenforceable_constraint"
+    stream = server.http.post(path, json=body | {"stream": True})
+    error, done = [line[6:] for line in stream.text.splitlines() if line.startswith("data: ")][-2:]
+    assert json.loads(error)["error"]["code"] == "unenforceable_constraint"
+    assert done == "[DONE]"
+    assert "failed" not in caplog.text
+    server.wait_until_idle()
+
+
 def test_unknown_names(server: Any) -> None:
     check(server.http.post("/v1/completions", json=TEXT | {"model": "other"}), 404, "model")
     check(server.http.get("/v1/models/other"), 404, "model")

@@ -40,7 +40,7 @@ def test_every_route_tells_its_answers(document: Any) -> None:
             if path != "/metrics":
                 assert "$ref" in content["application/json"]["schema"], path
             if "requestBody" in operation:
-                assert {"400", "413", "503"} <= operation["responses"].keys(), path
+                assert {"400", "408", "413", "503"} <= operation["responses"].keys(), path
 
 
 @pytest.mark.parametrize(

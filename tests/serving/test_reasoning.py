@@ -217,6 +217,14 @@ def test_cut_off_in_the_middle(thinkers: dict[str, Running], stream: bool) -> No
     assert (in_content["message"]["content"], in_content["message"]["reasoning"]) == (None, "hm")
 
 
+@pytest.mark.parametrize("shows", [False, True])
+def test_no_content_yet_is_null(shows: bool) -> None:
+    marks = Reasoning("<think>", "</think>", False)
+    for text, content in (("<think>h", None), ("<think>h</think>", None), ("<think>h</think>x", "x"), ("", "")):
+        writer = MessageWriter(reasoning=marks, shows_reasoning=shows)
+        assert writer.message(writer.push(text, "length"))["content"] == content, text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.usefixtures("scripted")
 def test_a_call_behind_reasoning(thinkers: dict[str, Running], stream: bool) -> None:

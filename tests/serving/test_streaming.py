@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.serving.errors import dumps
-from puna.serving.streaming import TextChunks
+from puna.serving.streaming import EventStream, TextChunks
 from serving.conftest import Running
 
 
@@ -26,6 +28,25 @@ def test_text_chunks_are_the_same_as_whole_ones(pieces: list[tuple[int, str]], n
     chunks = TextChunks(make)
     for index, text in pieces:
         assert chunks.write(index, text) == dumps(make(index, text))
+
+
+def test_a_client_that_leaves_before_the_head_ends_the_work() -> None:
+    """Such as one that has not read its answers before, so that the head has to wait."""
+    ended: list[bool] = []
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b""
+        raise AssertionError("nobody reads this")
+
+    async def stuck(message: Any) -> None:
+        await asyncio.sleep(3600)
+
+    async def gone() -> Any:
+        return {"type": "http.disconnect"}
+
+    stream = EventStream(chunks(), lambda: ended.append(True))
+    asyncio.run(stream({"type": "http"}, gone, stuck))
+    assert ended == [True]
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])

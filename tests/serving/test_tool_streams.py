@@ -156,6 +156,26 @@ def test_arguments_come_as_they_are_written(dialect: Dialect, head: str) -> None
     assert more["tool_calls"] == [{"index": 0, "function": {"arguments": 'ty": "'}}]
 
 
+FORCED = f'[{{"name": "weather", "parameters": {QUOTED}}}, {{"name": "time", "parameters": {{}}}}]'
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(FORCED)), st.lists(st.integers(0, 10_000), max_size=25))
+def test_forced_calls_that_are_cut_off_leave_no_content(length: int, places: list[int]) -> None:
+    """Arguments end where the text does; of a call that has not come so far there is nothing."""
+    text = FORCED[:length]
+    deltas = deltas_of("hermes", cut(text, places), tool_choice="required")
+    check_stream(deltas)
+    message = joined(deltas)
+    assert not message["content"]
+    begun = [
+        (name, arguments[: max(0, length - FORCED.index(arguments))])
+        for name, arguments in (("weather", QUOTED), ("time", "{}"))
+        if length > FORCED.index(arguments)
+    ]
+    assert calls_of(message) == begun
+
+
 STRICT: dict[str, Any] = {"type": "function", "function": SHORT["function"] | {"strict": True}}
 FREE: dict[str, Any] = {"type": "function", "function": {"name": "free", "strict": False}}
 # Calls of `go` and of `free` as each dialect writes them, with these arguments.
@@ -238,6 +258,34 @@ def test_a_strict_call_is_made_whole(dialects: dict[str, Any], stream: bool) -> 
     for name, arguments in calls:
         assert name == "go"
         assert json.loads(arguments)["to"] in ("N", "S")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "go"}}])
+def test_forced_calls_end_where_max_tokens_does(dialects: dict[str, Any], choice: Any) -> None:
+    running = dialects["running"]
+    body = {"model": "small", "messages": MESSAGES, "tools": [SHORT], "tool_choice": choice, "seed": 1}
+    before: Calls = []
+    for max_tokens in range(1, 90, 6):
+        limited = body | {"max_tokens": max_tokens}
+        answer = running.http.post("/v1/chat/completions", json=limited).json()["choices"][0]
+        assert not answer["message"]["content"]
+        calls = calls_of(answer["message"])
+        # What was there stays, and goes on.
+        assert len(calls) >= len(before)
+        for (name, arguments), (old_name, old) in zip(calls, before, strict=False):
+            assert name == old_name == "go"
+            assert arguments.startswith(old)
+        before = calls
+        stream = running.http.post("/v1/chat/completions", json=limited | {"stream": True})
+        chunks = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+        message = joined([choice["delta"] for chunk in chunks for choice in chunk["choices"]])
+        assert (message["content"] or None, calls_of(message)) == (answer["message"]["content"] or None, calls)
+        assert chunks[-1]["choices"][0]["finish_reason"] == answer["finish_reason"]
+        if answer["finish_reason"] == "length":
+            continue
+        assert answer["finish_reason"] == "tool_calls"
+        assert all(json.loads(arguments)["to"] in ("N", "S") for _, arguments in calls)
+    assert before
 
 
 def test_strict_calls_in_python_are_refused_by_name(dialects: dict[str, Any]) -> None:

@@ -229,6 +229,19 @@ def test_bad_tools(tool_server: Running, fields: dict[str, Any], name: str) -> N
 
 def test_templates_without_tools_refuse_them(server: Any) -> None:
     body = {"model": "small", "messages": MESSAGES, "tools": [TIME]}
-    answer = server.http.post("/v1/chat/completions", json=body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "tools"
+    for path, fields in (("/v1/chat/completions", body), ("/tokenize", {"messages": MESSAGES, "tools": [TIME]})):
+        answer = server.http.post(path, json=fields)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "tools"
+
+
+def test_tokens_of_conversations_with_tools(tool_server: Running) -> None:
+    counts = []
+    for tools in ([], [TIME], [TIME, SHORT]):
+        found = tool_server.http.post("/tokenize", json={"messages": MESSAGES, "tools": tools}).json()
+        answer = tool_server.client.chat.completions.create(
+            model="small", messages=MESSAGES, max_tokens=1, extra_body={"tools": tools, "return_token_ids": True}
+        )
+        assert found["tokens"] == answer.prompt_token_ids  # type: ignore[attr-defined]
+        counts.append(found["count"])
+    assert counts == sorted(set(counts))

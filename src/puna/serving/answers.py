@@ -178,6 +178,7 @@ class DetokenizeAnswer(BaseModel):
 class HealthAnswer(BaseModel):
     status: Literal["loading", "ready", "draining", "failed"]
     step: str
+    progress: float
     seconds: float
 
 

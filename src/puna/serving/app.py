@@ -28,6 +28,7 @@ from puna.serving.protocol import (
 )
 from puna.serving.state import ServerState
 from puna.serving.streaming import EventStream, until_gone
+from puna.serving.tools import as_for_template, tools_dialect
 
 # Probes have no key, and learn nothing of the model; the chat page asks for one.
 _OPEN_PATHS: Final = frozenset(["/health", "/ready"]) | PAGE_PATHS
@@ -48,7 +49,8 @@ def make_app(state: ServerState) -> FastAPI:
 def _add_generation(app: FastAPI, state: ServerState) -> None:
     async def respond(work: Completion | Chat, stream: bool, request: Request) -> Response:
         if stream:
-            return EventStream(work.chunks(await work.start()))
+            generation = await work.start()
+            return EventStream(work.chunks(generation), generation.cancel)
 
         async def run() -> dict[str, Any]:
             return await work.answer(await work.start())
@@ -79,17 +81,21 @@ def _add_text(app: FastAPI, state: ServerState) -> None:
         if body.messages is not None:
             if body.add_special_tokens:
                 raise bad_request("the chat template writes the special tokens: leave it out", "add_special_tokens")
+            template = await own_template(engine, None, False)
+            if body.tools:
+                await tools_dialect(template)
             conversation = await encode_conversation(
                 engine,
-                await own_template(engine, None, False),
+                template,
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 variables=body.chat_template_kwargs,
+                tools=as_for_template(body.tools or []),
             )
             tokens = conversation.token_ids
         else:
-            for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
                 if getattr(body, name) is not None:
                     raise bad_request(f"{name} goes with messages: leave it out", name)
             tokens = await encoded(engine, body.prompt or "", body.add_special_tokens is not False)
@@ -167,6 +173,8 @@ def _add_errors(app: FastAPI) -> None:
     async def unknown(request: Request, error: HTTPException) -> Response:
         missing = error.status_code == 404
         message = f"there is no {request.url.path} here" if missing else str(error.detail)
+        if error.status_code == 405:
+            message = f"{request.url.path} does not take {request.method}"
         response = await refused(request, ApiError(error.status_code, message, code="not_found" if missing else None))
         response.headers.update(error.headers or {})
         return response

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,7 +20,15 @@ from puna.serving.record import RequestRecord
 from puna.serving.sampling import sampling_params
 from puna.serving.state import ServerState
 from puna.serving.streaming import Chunk, TextChunks
-from puna.serving.tools import Dialect, dialect_of, forcing, needs_special_tokens, offered_tools, parser_for
+from puna.serving.tools import (
+    Dialect,
+    as_for_template,
+    forcing,
+    needs_special_tokens,
+    offered_tools,
+    parser_for,
+    tools_dialect,
+)
 
 
 class Chat:
@@ -46,9 +53,7 @@ class Chat:
         template = await own_template(engine, request.chat_template, self._state.settings.trusts_request_template)
         self._tools = offered_tools(request)
         if self._tools:
-            self._dialect = await asyncio.to_thread(dialect_of, template)
-            if self._dialect is None:
-                raise bad_request("this model's chat template knows no tools: leave them out", "tools")
+            self._dialect = await tools_dialect(template)
         conversation = await encode_conversation(
             engine,
             template,
@@ -56,7 +61,7 @@ class Chat:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             variables=_variables(request, template),
-            tools=[tool.model_dump(exclude_none=True) for tool in self._tools] or None,
+            tools=as_for_template(self._tools),
             field="messages" if request.chat_template is None else "chat_template",
         )
         if self._state.settings.splits_reasoning:

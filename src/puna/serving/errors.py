@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from fastapi import HTTPException, Response
 
+_TYPES: Final = frozenset(["str", "int", "float", "bool"])
 # httpx and requests end lines here, too: their clients would see half an event.
 _LINE_ENDS: Final = re.compile("[\x85\u2028\u2029]")
 
@@ -56,8 +57,14 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
 def validation_error(errors: Sequence[Any]) -> ApiError:
     """What pydantic found wrong first, as a 400 that names the field."""
     first = errors[0]
-    # Without "body", and without the names of the alternatives of a union, which are pydantic's and not the client's.
-    parts = [str(p) for p in first["loc"][1:] if not isinstance(p, str) or p.isidentifier()]
+    # Of the alternatives of a union, what is wrong with the one that fits best: the errors in it lie deepest.
+    *parent, last = first["loc"]
+    if _is_alternative(last) and first["type"] != "extra_forbidden":
+        first = max((each for each in errors if list(each["loc"][: len(parent)]) == parent), key=_depth)
+    # Without "body", and without the names of alternatives, which are pydantic's and not the client's.
+    given = first["loc"][-1:] if first["type"] == "extra_forbidden" else ()
+    parts = [str(p) for p in first["loc"][1 : len(first["loc"]) - len(given)] if not _is_alternative(p)]
+    parts += map(str, given)
     place = ".".join(parts)
     if first["type"] == "json_invalid":
         return bad_request("the body is no valid JSON")
@@ -73,6 +80,15 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "value_error" and isinstance(first["input"], dict) and word in first["input"]:
         return bad_request(message, ".".join([*parts, word]))
     return bad_request(f"{place}: {message}" if place else message, place or None)
+
+
+def _is_alternative(part: str | int) -> bool:
+    """Types and models stand between the names of fields, which are all in lower case."""
+    return isinstance(part, str) and (part in _TYPES or not part.isidentifier() or not part.islower())
+
+
+def _depth(error: Any) -> int:
+    return len(error["loc"])
 
 
 # Made once: json.dumps makes one for every call that has options.

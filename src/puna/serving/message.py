@@ -63,6 +63,8 @@ class MessageWriter:
     def message(self, deltas: list[dict[str, Any]]) -> dict[str, Any]:
         """What the deltas join to, for an answer that is not streamed."""
         message = joined(deltas)
+        if self._splitter is not None and self._splitter.was_reasoning:
+            message["content"] = message["content"] or None
         if self._splitter is not None and self._shows_reasoning:
             message = {**_reasoning_fields(None), **message}
         return message

@@ -36,7 +36,7 @@ _ERRORS: Final = MappingProxyType(
         401: "The API key is missing or wrong.",
         403: "The server does not go by the name that it was asked under.",
         404: "There is no such model or path.",
-        408: "The request took longer than its deadline.",
+        408: "The body was not there in time; or embeddings took longer than their deadline.",
         413: "The body is larger than --max-body-size.",
         422: "A schema, grammar or pattern is written well, but can't be held to.",
         429: "The queue is full.",
@@ -93,12 +93,11 @@ def _responses(path: str, has_body: bool, settings: ServerSettings) -> dict[str,
     if path in _STREAMED:
         events = "With stream true: an object for each event, and [DONE]."
         good["text/event-stream"] = {"schema": {"type": "string", "description": events}}
-    errors = [400, 404, 413, 500, 503] if has_body else [404] if "{" in path else [503] if path == "/ready" else []
+    errors = [400, 404, 408, 413, 500, 503] if has_body else [404] if "{" in path else [503] if path == "/ready" else []
     errors += [401] if settings.api_keys and path not in _WITHOUT_KEY else []
     errors += [403] if settings.allowed_hosts is not None else []
     errors += [429] if path in _QUEUED else []
     errors += [422] if path in _STREAMED else []
-    errors += [408] if path == "/v1/embeddings" else []
     found = {"200": {"description": "An answer.", "headers": _headers("RequestId"), "content": good}}
     found |= {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(errors)}
     if path == "/health":

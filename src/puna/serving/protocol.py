@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from puna.serving.refused_fields import HARMLESS, REFUSED
 
@@ -325,7 +325,7 @@ class Message(Strict):
         if isinstance(content, list):
             content = "\n".join(part.written for part in content)
         role = "system" if self.role == "developer" else self.role
-        found: dict[str, Any] = {"role": role, "content": content or self.refusal or ""}
+        found: dict[str, Any] = {"role": role, "content": "\n".join(filter(None, (content, self.refusal)))}
         for name in ("name", "tool_call_id"):
             value = getattr(self, name)
             if value is not None:
@@ -351,13 +351,23 @@ def _arguments(text: str) -> Any:
         return text  # what a model once wrote need not be JSON
 
 
+def _of_template(variables: dict[str, Any]) -> dict[str, Any]:
+    reserved = next((name for name in ("messages", "tools", "add_generation_prompt") if name in variables), None)
+    if reserved is not None:
+        raise ValueError(f"{reserved} is a field of its own: give it as that")
+    return variables
+
+
+TemplateVariables = Annotated[dict[str, Any], Field(max_length=32), AfterValidator(_of_template)]
+
+
 class ChatPrompt(Strict):
     """A conversation and how the model's chat template writes it."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
 
 class Function(Strict):
@@ -467,10 +477,11 @@ class TokenizeRequest(Strict):
     model: Name | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

@@ -45,16 +45,18 @@ class EventStream(Response):
     connection open.
 
     A failure on the way is an event `{"error": ...}`, after which the stream ends. Starlette's own response would
-    notice a client that left only when it next sends something; this one closes `chunks` at once.
+    notice a client that left only when it next sends something; this one closes `chunks` at once, and calls `end`:
+    chunks that nobody has begun to read, since the client left before, close nothing.
     """
 
-    def __init__(self, chunks: AsyncIterator[Chunk | None]) -> None:
+    def __init__(self, chunks: AsyncIterator[Chunk | None], end: Callable[[], None] = lambda: None) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         # Neither a length nor a body is known.
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
         self._chunks = chunks
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         write: WriteChunk | None = scope.get("extensions", {}).get(WRITE_CHUNK)
@@ -62,7 +64,10 @@ class EventStream(Response):
         async def send_body(data: bytes) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
-        await until_gone(self._send_all(send, write or send_body), receive)
+        try:
+            await until_gone(self._send_all(send, write or send_body), receive)
+        finally:
+            self._end()
 
     async def _send_all(self, send: Send, write: WriteChunk) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -379,6 +379,15 @@ class LlamaParser(ToolParser):
             self._tell_content()
 
 
+class ForcedParser(ToolParser):
+    """Of a text that is held to a list of calls and has nothing else. There is no content: a call that breaks off
+    before its arguments begin is dropped, as half a name is of use to nobody."""
+
+    def _read(self) -> _Reads[None]:
+        yield from self._skip_space()
+        yield from self._calls(",")
+
+
 def overlap(text: str, mark: str) -> int:
     """How much of the text's end may be the beginning of a mark."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

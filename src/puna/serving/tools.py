@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 from puna.engine.chat_template import ChatTemplate
@@ -16,6 +18,7 @@ from puna.serving.tool_parsers import (
     CALL_CLOSE,
     CALL_OPEN,
     TOOL_CALLS,
+    ForcedParser,
     HermesParser,
     LlamaParser,
     MistralParser,
@@ -49,6 +52,18 @@ def dialect_of(template: ChatTemplate) -> Dialect | None:
     if TOOL_CALLS in called:
         return "mistral_args" if TOOL_CALLS + _PROBE in called else "mistral"
     return "pythonic" if f"[{_PROBE}(" in called else "llama"
+
+
+async def tools_dialect(template: ChatTemplate) -> Dialect:
+    """Raises ApiError where the template knows no tools."""
+    found = await asyncio.to_thread(dialect_of, template)
+    if found is None:
+        raise bad_request("this model's chat template knows no tools: leave them out", "tools")
+    return found
+
+
+def as_for_template(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
+    return [tool.model_dump(exclude_none=True) for tool in tools] or None
 
 
 def offered_tools(request: ChatRequest) -> list[Tool]:
@@ -149,7 +164,7 @@ def parser_for(request: ChatRequest, tools: list[Tool], dialect: Dialect | None)
         return None
     names = frozenset(tool.function.name for tool in tools)
     if request.forces_tools:
-        return LlamaParser(names, pythonic=False)
+        return ForcedParser(names)
     if dialect == "hermes":
         return HermesParser(names)
     if dialect in ("mistral", "mistral_args"):
