@@ -43,35 +43,49 @@ class KVPool:
         self.block_size = block_size
         kv_heads = Segment("k", config.num_kv_heads, config.head_size).local_units(comm.mapping)
         layers = comm.mapping.pp_layers(config.num_layers)
-        self._window_ids = [config.window_idx(layer) for layer in layers]
+        window_ids = [config.window_idx(layer) for layer in layers]
         # The kernels keep the scales of int8 numbers in the same chunk, behind them.
         width = config.head_size + (INT8_SCALE_BYTES if dtype == "int8" else 0)
         stored = _stored_dtype(config, dtype)
-        shapes = [(num_blocks[i], kv_heads, block_size, width) for i in self._window_ids]
-        self.key_caches, self.value_caches = (
-            [_zeros(shape, stored, comm.device) for shape in shapes] for _ in range(2)
-        )
+        # The layers of a window lie in one piece, keys and values, so that a copy of blocks is one for all of them.
+        self._pieces = [
+            _zeros((2 * window_ids.count(i), count, kv_heads, block_size, width), stored, comm.device)
+            for i, count in enumerate(num_blocks)
+        ]
+        parts = [iter(piece) for piece in self._pieces]
+        pairs = [(next(parts[i]), next(parts[i])) for i in window_ids]
+        self.key_caches, self.value_caches = ([pair[side] for pair in pairs] for side in range(2))
 
     def params(self) -> KeyValueCacheParams:
         """The pool as the model takes it."""
         return KeyValueCacheParams(key_caches=self.key_caches, value_caches=self.value_caches)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copies the content of blocks in all layers that have them; all are read before any is written."""
+        """Copies the content of blocks in all layers that have them; all are read before any is written.
+
+        On a device that is two kernels for each window, and nothing waits for it.
+        """
         for window_idx in {copy.window_idx for copy in copies}:
-            sources = [copy.source for copy in copies if copy.window_idx == window_idx]
-            targets = [copy.target for copy in copies if copy.window_idx == window_idx]
-            for caches in (self.key_caches, self.value_caches):
-                for cache, its_window in zip(caches, self._window_ids, strict=True):
-                    if its_window == window_idx:
-                        # As bytes where numbers have one: not every device has indexing for FP8.
-                        numbers = cache.view(torch.uint8) if cache.itemsize == 1 else cache
-                        numbers[targets] = numbers[sources]
+            pairs = [(copy.source, copy.target) for copy in copies if copy.window_idx == window_idx]
+            piece = self._pieces[window_idx]
+            # As bytes where numbers have one: not every device has indexing for FP8.
+            numbers = piece.view(torch.uint8) if piece.itemsize == 1 else piece
+            sources, targets = _on_device(pairs, piece.device)
+            numbers.index_copy_(1, targets, numbers.index_select(1, sources))
 
 
 def _stored_dtype(config: LLaMAConfig, dtype: CacheDtype) -> torch.dtype:
     one_byte = {"int8": torch.int8, "fp8": FP8}
     return one_byte[dtype] if dtype in one_byte else torch_dtype(config.dtype if dtype == "auto" else dtype)
+
+
+def _on_device(pairs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first and the second numbers, int64. From memory that is not pinned, a copy would wait for the device."""
+    both = torch.tensor(pairs, dtype=torch.int64).t().contiguous()
+    if device.type == "cuda":
+        both = both.pin_memory()
+    first, second = both.to(device, non_blocking=True)
+    return first, second
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
