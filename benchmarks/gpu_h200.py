@@ -107,18 +107,21 @@ class Benchmark:
         yield dataclasses.asdict(runs.measured_limits(self.device, self.arguments.dry_run))
 
     def single(self) -> Results:
-        for quantization in ("bf16", "fp8", "int4", "int8"):
+        usual = [(quantization, False) for quantization in ("bf16", "fp8", "int4", "int8")]
+        for quantization, overlap in (*usual, ("fp8", True), ("int4", True), ("bf16", True)):
+            what = {"weights": quantization, "overlap": overlap}
             if self.time_left() < 30 and not self.arguments.dry_run:
-                yield {"weights": quantization, "skipped": f"{self.time_left():.0f} s left"}
+                yield what | {"skipped": f"{self.time_left():.0f} s left"}
                 continue
             try:
-                yield runs.single(self.setting, quantization, self.measured())
+                yield runs.single(self.setting, quantization, self.measured(), overlap_kernels=overlap)
             except Exception as error:  # another format may do
-                yield {"weights": quantization, "failed": f"{type(error).__name__}: {error}"[:500]}
+                yield what | {"failed": f"{type(error).__name__}: {error}"[:500]}
 
     def trace(self) -> Results:
-        for batch in (2,) if self.arguments.dry_run else (1, 256):
-            yield runs.traced(self.setting, "fp8", batch, "auto", self.out)
+        steps = ((2, False), (2, True)) if self.arguments.dry_run else ((1, False), (1, True), (256, False))
+        for batch, overlap in steps:
+            yield runs.traced(self.setting, "fp8", batch, "auto", self.out, overlap_kernels=overlap)
 
     def offline(self) -> Results:
         own = self.arguments

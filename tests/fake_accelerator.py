@@ -57,6 +57,7 @@ class FakeAccelerator:
 
     def __init__(self, runs_freely: bool = True, total: int = 16 * GIB) -> None:
         self.device = torch.device("cpu")
+        self.overlaps_kernels = True
         self.runs_freely = runs_freely
         self.total = total
         self.used = 0  # bytes that others have

@@ -64,8 +64,10 @@ def shown(value: Any) -> str:
 
 
 def _kernels(result: Mapping[str, Any]) -> Iterable[str]:
+    # Of kernels that wait inside, times and shares have the waiting in them.
+    how = ", kernels overlapping" if result.get("overlap") else ""
     yield (
-        f"{result['weights']}, {result['batch']} at once: {result['milliseconds_per_step']:.2f} ms a step, "
+        f"{result['weights']}, {result['batch']} at once{how}: {result['milliseconds_per_step']:.2f} ms a step, "
         f"{result['steps']} steps, idle {result['idle_percent']:.1f} % of the time."
     )
     yield ""

@@ -58,10 +58,11 @@ def engine_of(
 ) -> Iterator[Engine]:
     """An engine with random weights that were made on the device: "bf16", "fp8", "int8" or "int4".
 
-    Where FP8 is not to be had (a dry run on a CPU) the weights are bfloat16.
+    Where FP8 is not to be had (a dry run on a CPU) the weights are bfloat16, and kernels do not overlap.
     """
     if setting.device.type == "cpu":
         kv = "auto"
+        more = more | {"overlap_kernels": False}
         quantization = "bf16" if quantization == "fp8" else quantization
     _release(setting.device)
     in_codes = quantization in ("int8", "int4")
@@ -225,6 +226,7 @@ def single(setting: Setting, quantization: str, limits: Limits, **more: Any) -> 
         computing = sum(count / limit.operations[kind] for kind, count in prompt.operations.items())
         return {
             "weights": quantization,
+            "overlap": engine.parts.engine_config.overlap_kernels,
             "tokens_per_second": rate,
             "percent_of_bandwidth": 100 * rate * step.bytes_read / limit.read_bandwidth,
             "prefill_tokens": long,
@@ -252,14 +254,17 @@ def deterministic_cost(setting: Setting, quantization: str, seconds: float) -> d
     return {"weights": quantization, "requests": count, "lengths": f"{short}/{new}", **rates}
 
 
-def traced(setting: Setting, quantization: str, batch: int, kv: CacheDtype, folder: Path) -> dict[str, Any]:
+def traced(
+    setting: Setting, quantization: str, batch: int, kv: CacheDtype, folder: Path, **more: Any
+) -> dict[str, Any]:
     """Kernels of decode steps in the middle of a batch, by torch's profiler; the trace itself is left in the folder."""
     short, new = setting.tokens(128), max(64, setting.tokens(1024))
     on_gpu = setting.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities):  # sets up what takes seconds the first time
         torch.zeros(8, device=setting.device).sum().item()
-    with engine_of(setting, quantization, short + new, batch, kv) as engine:
+    with engine_of(setting, quantization, short + new, batch, kv, **more) as engine:
+        overlap = engine.parts.engine_config.overlap_kernels
         prompts = prompts_of(setting, batch, short)
         run_batch(engine, prompts, min(32, new))
         done = engine.statistics().num_step_tokens
@@ -276,13 +281,15 @@ def traced(setting: Setting, quantization: str, batch: int, kv: CacheDtype, fold
             steps = (engine.statistics().num_step_tokens - before) // batch
             seconds = time.perf_counter() - start
         runner.join()
-    path = folder / f"trace_{quantization}_{batch}.json.gz"  # as text, a fifth of a second is some 15 MB
+    # Packed: as text, a fifth of a second is some 15 MB.
+    path = folder / f"trace_{quantization}_{batch}{'_overlap' * overlap}.json.gz"
     profile.export_chrome_trace(str(path))
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     times = device_times(events, ON_DEVICE if on_gpu else ON_HOST)
     return {
         "weights": quantization,
         "batch": batch,
+        "overlap": overlap,
         "steps": steps,
         "milliseconds_per_step": 1000 * seconds / max(1, steps),
         "idle_percent": 100 * times.idle_share,

@@ -77,6 +77,7 @@ class LLM:
         capture: Capture = "lazy",
         gpu_memory_utilization: float = 0.9,
         deterministic: bool = False,
+        overlap_kernels: bool = False,
         profile_dir: str | Path | None = None,
     ) -> None:
         limits = EngineConfig(
@@ -93,6 +94,7 @@ class LLM:
             capture=capture,
             gpu_memory_utilization=gpu_memory_utilization,
             deterministic=deterministic,
+            overlap_kernels=overlap_kernels,
         )
         tracer = None if profile_dir is None else ChromeTrace(profile_dir)
         try:

@@ -20,7 +20,8 @@ from puna.engine.token_ids import token_id_tokenizer
 from puna.llm import LLM
 from puna.models import LLaMAForCausalLM
 from puna.models.loading import save_model
-from puna.ops import ReferenceBackend, TritonBackend
+from puna.ops import ReferenceBackend, TritonBackend, triton_norm
+from puna.ops.triton_overlap import launch_options
 from puna.runtime.async_runner import AsyncModelRunner
 from puna.runtime.cuda import CudaAccelerator, usable_device
 from puna.runtime.step_graph import CudaStepGraph
@@ -105,6 +106,41 @@ def test_tokens_are_those_of_the_cpu(folder: Path, on_kernels: torch.device, mon
     monkeypatch.undo()
     expected = answers(folder, torch.device("cpu"), prompts, params, dtype="float32", **options)
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "int4"])
+def test_kernels_that_overlap_say_the_same(
+    folder: Path, on_kernels: torch.device, quantization: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sequence at a time, so that nothing else differs; in the interpreter, only that launchers can be told."""
+    is_gpu = on_kernels.type == "cuda"
+    if not is_gpu and quantization != "int4":
+        pytest.skip("one format is enough in the interpreter")
+    if is_gpu and torch.cuda.get_device_capability(on_kernels) < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    prompts = random_prompts(9, (5, 40, 300, 1) if is_gpu else (5,))
+    params = [
+        SamplingParams(temperature=0.9 * (i % 2), top_p=0.9, seed=i, max_tokens=100 if is_gpu else 2, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+    options: dict[str, Any] = {"dtype": "bfloat16", "quantization": quantization, "max_num_seqs": 1}
+    if not is_gpu:
+        options |= {"max_model_len": 32, "max_num_batched_tokens": 8}
+    told: list[dict[str, bool]] = []
+    monkeypatch.setattr(triton_norm, "launch_options", lambda: told.append(launch_options()) or told[-1])
+    usual = answers(folder, on_kernels, prompts, params, **options)
+    assert told
+    assert not any(told)
+    told.clear()
+    assert answers(folder, on_kernels, prompts, params, overlap_kernels=True, **options) == usual
+    # Not all: variants are timed without, and what stands for a graph's replay in the interpreter runs anywhere.
+    assert any(told)
+    assert answers(folder, on_kernels, prompts, params, overlap_kernels=True, enforce_eager=True, **options) == usual
+
+
+def test_kernels_can_only_overlap_on_a_gpu(folder: Path) -> None:
+    with pytest.raises(ValueError, match="overlap_kernels is set, but the device is cpu: it takes an NVIDIA GPU"):
+        llm(folder, torch.device("cpu"), overlap_kernels=True)
 
 
 MIX: tuple[dict[str, Any], ...] = (

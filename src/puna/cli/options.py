@@ -125,6 +125,14 @@ class EngineFlags:
             rich_help_panel=_MODEL,
         ),
     ] = False
+    overlap_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--overlap-kernels",
+            help="On Hopper GPUs, start kernels before the ones ahead of them have ended. Not tried on a GPU yet.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

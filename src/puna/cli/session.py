@@ -77,6 +77,7 @@ class OpenedModel:
                 gpu_memory_utilization=engine_flags.gpu_memory_utilization,
                 capture=engine_flags.capture.value,
                 deterministic=engine_flags.deterministic,
+                overlap_kernels=engine_flags.overlap_kernels,
             ),
         )
 

@@ -28,6 +28,7 @@ class EngineConfig:
     gpu_memory_utilization: the part of a GPU's memory that weights, workspace and cache may take together.
     deterministic: no result depends, in any bit, on what is computed beside it; costs time on GPUs, and holds on the
         compiled CPU kernels anyway.
+    overlap_kernels: our kernels start before the ones ahead of them have ended; for GPUs from compute capability 9 on.
     """
 
     max_model_len: int | None = None
@@ -46,6 +47,7 @@ class EngineConfig:
     capture: Capture = "lazy"
     gpu_memory_utilization: float = 0.9
     deterministic: bool = False
+    overlap_kernels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_skips"):

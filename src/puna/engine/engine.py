@@ -151,6 +151,11 @@ class Engine:
             )
         device = usable_device(device)
         accelerator = accelerator_of(device)
+        if engine_config.overlap_kernels and (accelerator is None or not accelerator.overlaps_kernels):
+            raise ValueError(
+                f"overlap_kernels is set, but the device is {device}: it takes an NVIDIA GPU of compute capability 9.0 "
+                "or later, such as an H100; leave it out elsewhere"
+            )
         comm = NullCommunicator(device)
         loader = weights_loader(checkpoint, config, comm, quantization, engine_config)
         capacity = Capacity(

@@ -58,7 +58,14 @@ class Placement:
             runner = ModelRunner(network, self._pool(memory.num_blocks), buffers, sampler, use_buckets, tracer)
             return LocalExecutor(runner, tracer), memory
         asynchronous = AsyncModelRunner(
-            network, self._pool((1,) * num_windows), buffers, sampler, self.accelerator, use_buckets, tracer
+            network,
+            self._pool((1,) * num_windows),
+            buffers,
+            sampler,
+            self.accelerator,
+            use_buckets,
+            tracer,
+            self.engine_config.overlap_kernels,
         )
         memory = self._measured(asynchronous, memory.weights)
         asynchronous.pool = self._pool(memory.num_blocks)

@@ -55,6 +55,11 @@ class Accelerator(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def overlaps_kernels(self) -> bool:
+        """Whether a kernel can start before the one ahead of it has ended."""
+        ...
+
     def use(self) -> None:
         """The calling thread will queue work here."""
         ...

@@ -94,6 +94,7 @@ class AsyncModelRunner(ModelRunner):
         accelerator: Accelerator,
         use_buckets: bool = False,
         tracer: Tracer | None = None,
+        overlaps_kernels: bool = False,
     ) -> None:
         super().__init__(model, pool, buffers, sampler, use_buckets, tracer)
         self._accelerator = accelerator
@@ -104,7 +105,7 @@ class AsyncModelRunner(ModelRunner):
         self._latest: PendingStep | None = None
         self._places: dict[int, int] = {}  # in `chosen`, of the sequences that the latest step chose for
         self._clock = None if tracer is None else DeviceClock(accelerator)
-        self._tuning = Tuning.of_device(accelerator.device)
+        self._tuning = Tuning.of_device(accelerator.device, overlaps=overlaps_kernels)
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.launch(plan).result()

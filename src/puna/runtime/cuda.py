@@ -36,6 +36,10 @@ class CudaAccelerator:
         self._pool: Any = None
         self._capture_stream: torch.cuda.Stream | None = None
 
+    @property
+    def overlaps_kernels(self) -> bool:
+        return torch.cuda.get_device_capability(self.device) >= (9, 0)
+
     def use(self) -> None:
         torch.cuda.set_device(self.device)  # each thread has its own, and triton launches there
 
