@@ -16,6 +16,7 @@ from torch import Tensor
 
 from puna.ops.triton_attention_kernel import attention_kernel, combine_kernel
 from puna.ops.triton_device import capability, multiprocessors
+from puna.ops.triton_overlap import launch_options
 
 LOG2_E: Final = 1.4426950408889634
 # Keys after which the deterministic form starts new sums, which are then added up in order: of these runs several
@@ -292,6 +293,7 @@ def _attend(
             STAGES=launch.cut.stages,
             PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
             num_warps=launch.cut.warps,
+            **launch_options(),
         )
     if splits > 1:
         combine_kernel[(tokens, heads)](
@@ -306,5 +308,6 @@ def _attend(
             HEADS=heads,
             D=size,
             num_warps=4,
+            **launch_options(),
         )
     return output

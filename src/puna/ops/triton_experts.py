@@ -17,6 +17,7 @@ from puna.ops.panels import Panels
 from puna.ops.scaled import InputScaling, ScaledWeight
 from puna.ops.triton_grouped import Groups, Tile, multiply
 from puna.ops.triton_linear import Tile as PanelTile
+from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_panel_groups import multiply_panels
 from puna.ops.triton_pointwise import ACTIVATIONS, quantize_rows
 from puna.ops.triton_rounding import rounded
@@ -77,8 +78,10 @@ def route_kernel(  # type: ignore[no-untyped-def]
     TOP_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SORT: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):
     """The experts of ROWS tokens; with SORT, of all tokens, and each block writes its expert's part of `order`."""
+    await_turn(OVERLAP)
     program = tl.program_id(0)
     row = tl.arange(0, ROWS)
     if not SORT:
@@ -108,8 +111,11 @@ def _store_starts(starts, expert, start, pairs, EXPERTS: tl.constexpr):  # type:
 
 
 @triton.jit
-def sort_kernel(indices, order, starts, pairs, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def sort_kernel(
+    indices, order, starts, pairs, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr = False
+):  # type: ignore[no-untyped-def]
     """A block for each expert, which finds its pairs in ascending order."""
+    await_turn(OVERLAP)
     expert = tl.program_id(0)
     at = tl.arange(0, CHUNK)
     before = tl.zeros((CHUNK,), dtype=tl.int32)
@@ -126,8 +132,11 @@ def sort_kernel(indices, order, starts, pairs, EXPERTS: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
-def weighted_sum_kernel(x, weights, y, SIZE: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def weighted_sum_kernel(
+    x, weights, y, SIZE: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False
+):  # type: ignore[no-untyped-def]
     """y[token] = the sum of x[token, place] * weights[token, place] in the order of places, in float32."""
+    await_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -248,7 +257,7 @@ def _experts(
     y = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
     block = min(1024, triton.next_power_of_2(size))
     weighted_sum_kernel[(tokens, triton.cdiv(size, block))](
-        outputs, weights, y, SIZE=size, TOP=experts_per_token, BLOCK=block, num_warps=4
+        outputs, weights, y, SIZE=size, TOP=experts_per_token, BLOCK=block, num_warps=4, **launch_options()
     )
     return y
 
@@ -300,7 +309,10 @@ def _route(logits: Tensor, top: int, dtype: torch.dtype, sort: bool) -> tuple[Te
         ROWS=rows,
         SORT=at_once,
         num_warps=4,
+        **launch_options(),
     )
     if sort and not at_once:
-        sort_kernel[(experts,)](indices, order, starts, tokens * top, EXPERTS=experts, CHUNK=_CHUNK, num_warps=4)
+        sort_kernel[(experts,)](
+            indices, order, starts, tokens * top, EXPERTS=experts, CHUNK=_CHUNK, num_warps=4, **launch_options()
+        )
     return weights, indices, groups
