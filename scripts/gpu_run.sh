@@ -4,7 +4,8 @@
 # Each stage ends within ten minutes, so that stages fit machines that are lent for short; its log is FOLDER/STAGE.log,
 # and the benchmark's stages add to one FOLDER/gpu_h200.json. A stage that fails does not keep the next from running.
 #   check          what there is, and one small model end to end: two minutes
-#   test           all tests of the GPU's kernels and of the engine on it; TESTS: some of them, as pytest takes them
+#   test           all tests of the GPU's kernels and of the engine on it, three minutes or so; TESTS: some of them, as
+#                  pytest takes them; TEST_SECONDS: after which they are interrupted
 #   memcheck       TESTS under NVIDIA's compute-sanitizer, which tells what reads or writes where it must not
 #   limits         the device's limits, then one sequence in each format
 #   offline-1, -2, -3    throughput at the rows of the yardstick: about 4, 6 and 5 minutes
@@ -51,7 +52,7 @@ stage() {
       # A kernel that never ends can't be interrupted, only the process that waits for it.
       if has pytest_timeout; then options+=(--timeout 200 --timeout-method thread); fi
       # Interrupted rather than ended, pytest still tells what failed.
-      OMP_NUM_THREADS=1 COLUMNS=160 timeout -s INT -k 20 550 "$python" -m pytest ${TESTS:-tests/triton} "${options[@]}"
+      OMP_NUM_THREADS=1 COLUMNS=160 timeout -s INT -k 20 "${TEST_SECONDS:-550}" "$python" -m pytest ${TESTS:-tests/triton} "${options[@]}"
       ;;
     memcheck)
       sees_gpu || return
