@@ -17,6 +17,7 @@ import torch
 
 import puna as puna_package
 from puna.cli import main
+from puna.ops import cpu
 
 Run = Callable[..., Any]
 
@@ -263,12 +264,15 @@ def test_stats_go_to_standard_error(chain: Any, puna: Run) -> None:
     done = puna("generate", "-m", chain, "--stats", "!")
     assert done.out == "aé€😀b\n"
     names, values = zip(*(line.split("  ", 1) for line in done.err.splitlines()), strict=True)
-    assert names == ("prompt", "generated", "loading", "peak memory")
+    assert names == ("prompt", "generated", "loading", "peak memory", "ops")
     assert values[0].strip().startswith("2 tokens, ")
     assert values[1].strip().startswith("12 tokens, ")
     assert values[1].count("tokens/s") == 1
     assert values[2].endswith(" s")
     assert values[3].endswith(" MiB")
+    assert (
+        values[4].strip().startswith(f"compiled ({cpu.level()}) for all " if cpu.compiled() else "reference for all ")
+    )
 
 
 def test_chat_template(build_chain: Run, puna: Run, tmp_path: Path) -> None:

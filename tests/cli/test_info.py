@@ -16,6 +16,7 @@ from puna import __version__
 from puna.config import LLaMAConfig, RotaryScaling
 from puna.models import MODELS
 from puna.models.loading import save_model
+from puna.ops import cpu
 
 Run = Callable[..., Any]
 
@@ -103,6 +104,9 @@ def test_every_family(puna: Run, tmp_path: Path, random_model: Any, architecture
     has_window = architecture in ("MistralForCausalLM", "Qwen3ForCausalLM")
     assert report["sliding_window"] == (16 if has_window else None)
     assert report["chat_template"] is False
+    assert set(report["ops_on_cpu"].values()) == {"compiled" if cpu.compiled() else "reference"}
+    assert any("experts" in op for op in report["ops_on_cpu"]) == (architecture == "MixtralForCausalLM")
+    assert "paged_attention" in report["ops_on_cpu"]
 
 
 def test_text(puna: Run, tmp_path: Path, random_model: Any) -> None:
@@ -119,6 +123,7 @@ def test_text(puna: Run, tmp_path: Path, random_model: Any) -> None:
     assert rows["chat template"] == "yes"
     assert rows["generation"] == "sampled, temperature 0.6, top_p 0.95"
     assert rows["supported"] == "yes"
+    assert " for all " in rows["ops on cpu"]
     total = expected_parts(model)["total"]
     table = next(line.split() for line in lines if line.startswith("total"))
     assert table == ["total", f"{total / 1000:.2f}", "K", f"{total * 4 / 1024:.2f}", "KiB"]

@@ -12,11 +12,12 @@ import torch
 from puna import ops
 from puna.config import EngineConfig, LLaMAConfig
 from puna.distributed import NullCommunicator
-from puna.engine.weights import weights_loader
+from puna.engine.weights import in_words, op_choices, weights_loader
+from puna.llm import LLM
 from puna.models import LLaMAForCausalLM
 from puna.models.loading import ModelLoader
 from puna.models.random_weights import random_checkpoint
-from puna.ops import cpu, triton_table
+from puna.ops import Choice, cpu, triton_table
 from puna.ops.scaled import FP8
 
 CONFIG = LLaMAConfig(
@@ -60,7 +61,7 @@ def test_a_gpu_takes_them_for_its_kernels(
 ) -> None:
     found = loader("cuda", quantization, stored, kv_cache_dtype="fp8")
     assert found.config.quant == (quantization or "stored")
-    assert found.parameter_dtypes == dtypes
+    assert {parameter.dtype for parameter in found.model.parameters()} == dtypes
 
 
 def test_gpus_without_fp8(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +100,43 @@ def test_a_cpu_has_no_fp8() -> None:
         loader("cpu", kv_cache_dtype="fp8")
     with pytest.raises(ValueError, match="quantization is 'fp8', but there are no kernels for FP8 on cpu: use int8"):
         loader("cpu", "fp8")
+
+
+def words(device: str, quantization: str | None = None, **limits: Any) -> str:
+    found, comm = loader(device, quantization, **limits), NullCommunicator(device)
+    return in_words(op_choices(found, comm, EngineConfig(**limits), reports_prompts=device == "cuda"))
+
+
+@pytest.mark.skipif(not cpu.compiled(), reason="needs the compiled kernels")
+def test_what_serves_each_op_on_a_cpu_is_said_in_a_line() -> None:
+    assert words("cpu") == f"compiled ({cpu.level()}) for all 9"
+    reason = "the compiled kernels need a block_size that is a multiple of 16, not 8"
+    assert words("cpu", block_size=8) == f"reference for all 8 ({reason})"
+
+
+def test_what_serves_each_op_on_a_gpu_is_said_in_a_line(hopper: None) -> None:
+    found = op_choices(loader("cuda", "fp8"), NullCommunicator("cuda"), EngineConfig(), reports_prompts=True)
+    assert {"scaled_gated_linear", "prompt_attention", "linear"} <= {one.op for one in found}
+    assert in_words(found) == f"triton for all {len(found)}"
+
+
+def test_an_engine_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), LLM("demo", max_model_len=64) as llm:
+        said = [message for message in caplog.messages if message.startswith("ops on ")]
+        assert said == [f"ops on cpu: {in_words(llm.engine.parts.ops)}"]
+
+
+def test_choices_in_words() -> None:
+    choices = [Choice("add", "fast", ()), Choice("embedding", "fast", ())]
+    assert in_words(choices) == "fast for all 2"
+    choices += [Choice(op, "slow", ("fast: too wide",)) for op in ("linear", "rotary")]
+    choices += [Choice("experts", "slow", ("fast: too many",))]
+    assert in_words(choices) == (
+        "fast for 2; slow for linear, rotary (fast: too wide); slow for experts (fast: too many)"
+    )
+
+
+def test_a_gpu_without_fp8_keeps_no_cache_in_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_table, "capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"kv_cache_dtype is 'fp8', but .*compute capability 8.9.*: leave it out"):
+        loader("cuda", kv_cache_dtype="fp8")

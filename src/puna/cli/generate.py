@@ -41,7 +41,8 @@ def generate(
         bool, typer.Option("--json", help="Write one JSON object at the end instead of text.")
     ] = False,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Write speed, loading time and peak memory to standard error.")
+        bool,
+        typer.Option("--stats", help="Write speed, loading time, peak memory and what computes to standard error."),
     ] = False,
     input_file: Annotated[
         Path | None,
@@ -100,6 +101,7 @@ def generate(
     text = _prompt_text(prompt)
 
     from puna.cli.session import Answer, OpenedModel, result_fields, stats_lines
+    from puna.engine.weights import in_words
 
     opened = OpenedModel.open(model_flags, engine_flags)
     if apply_chat_template:
@@ -134,7 +136,8 @@ def generate(
                 write(delta)
             write("\n")
         if stats:
-            print(*stats_lines(answer, load_seconds), sep="\n", file=sys.stderr)
+            ops_line = f"ops          {in_words(engine.parts.ops)}"
+            print(*stats_lines(answer, load_seconds), ops_line, sep="\n", file=sys.stderr)
 
 
 def _prompt_text(prompt: str | None) -> str:

@@ -14,11 +14,14 @@ from typing import Any, Final
 import torch
 
 from puna.checkpoints import Checkpoint, EngineDirectory, open_checkpoint, resolve_path
-from puna.config import GenerationConfig, LLaMAConfig, read_json_object
+from puna.config import EngineConfig, GenerationConfig, LLaMAConfig, read_json_object
+from puna.distributed import NullCommunicator
 from puna.engine.tokenizer import Tokenizer
+from puna.engine.weights import in_words, op_choices, weights_loader
 from puna.models import MODELS, model_loader
 from puna.models.loading import check_tensors, resolved_config
 from puna.planning.memory import DTYPE_BYTES, key_value_bytes_per_token, parameter_counts
+from puna.runtime.cuda import usable_device
 
 # Bytes of one element, by the names that safetensors and Checkpoint.dtype use.
 _ELEMENT_BYTES: Final = MappingProxyType(
@@ -110,6 +113,8 @@ def report_on(path: str, dtype: str | None = None) -> ModelReport:
         if config.num_experts:
             report.parameters["active"] = counts.active
     _describe_text(report, folder, checkpoint)
+    if checkpoint and config is not None and report.problem is None:
+        _describe_ops(report, checkpoint, config)
     return report
 
 
@@ -217,6 +222,19 @@ def _describe_engine(report: ModelReport, engine: EngineDirectory) -> None:
         model_loader(engine)
     except ValueError as error:
         report.problem = str(error)
+
+
+def _describe_ops(report: ModelReport, checkpoint: Checkpoint, config: LLaMAConfig) -> None:
+    """What would compute each op here: on the CPU, and on the GPU if there is one."""
+    for device in dict.fromkeys(("cpu", usable_device("auto").type)):
+        comm, limits = NullCommunicator(device), EngineConfig()
+        try:
+            loader = weights_loader(checkpoint, config, comm, None, limits)
+        except ValueError as error:
+            report.problem = str(error)
+            return
+        choices = op_choices(loader, comm, limits, reports_prompts=device != "cpu")
+        report.add(f"ops on {device}", in_words(choices), {one.op: one.backend for one in choices})
 
 
 def part_of(name: str) -> str:

@@ -26,9 +26,9 @@ from puna.engine.recommended_pooling import recommended_pooling
 from puna.engine.request_trace import RequestTrace
 from puna.engine.token_bytes import TokenBytes
 from puna.engine.tokenizer import Tokenizer
-from puna.engine.weights import weights_loader
+from puna.engine.weights import in_words, op_choices, weights_loader
 from puna.models.loading import resolved_config
-from puna.ops import cpu
+from puna.ops import Choice, cpu
 from puna.planning.memory_plan import Capacity, MemoryPlan
 from puna.runtime.cuda import accelerator_of, usable_device
 from puna.runtime.guided import GrammarCompiler
@@ -67,6 +67,7 @@ class EngineParts:
     grammars: GrammarCompiler
     memory: MemoryPlan
     pooling: Pooling | None = "last"  # what the checkpoint recommends; None: something that is not known here
+    ops: tuple[Choice, ...] = ()  # what serves each op of the model; empty where nobody looked
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,8 @@ class Engine:
         )
         memory = placement.plan(loader.weight_bytes)
         cpu.set_threads(engine_config.threads or min(usable_cpus(), torch.get_num_threads()))
+        ops = op_choices(loader, comm, engine_config, placement.reports_prompts)
+        _log.info("ops on %s: %s", device, in_words(ops))
         network = loader.load(progress)
         limits = SchedulerLimits(
             max_num_seqs=capacity.max_num_seqs,
@@ -201,6 +204,7 @@ class Engine:
                 grammars=grammars,
                 memory=memory,
                 pooling=pooling,
+                ops=ops,
             ),
             tracer,
         )

@@ -31,6 +31,11 @@ class Placement:
     engine_config: EngineConfig
     accelerator: Accelerator | None = None
 
+    @property
+    def reports_prompts(self) -> bool:
+        """Whether the model is told of steps of nothing but whole prompts."""
+        return self.accelerator is not None and not self.config.deterministic
+
     def plan(self, weight_bytes: int) -> MemoryPlan:
         """What memory goes to, before anything is read; see `plan_memory`."""
         if self.accelerator is None:
@@ -52,7 +57,7 @@ class Placement:
             self.capacity.block_size,
             self.accelerator,
             num_windows,
-            reports_prompts=self.accelerator is not None and not self.config.deterministic,
+            reports_prompts=self.reports_prompts,
         )
         if self.accelerator is None:
             runner = ModelRunner(network, self._pool(memory.num_blocks), buffers, sampler, use_buckets, tracer)

@@ -1,11 +1,11 @@
-"""Which weights an engine runs with on its device, and what it can't be asked for there."""
+"""Which weights and ops an engine runs with on its device, and what it can't be asked for there."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-
-import torch
+from collections.abc import Sequence
+from typing import Final
 
 from puna.checkpoints import Checkpoint, EngineDirectory
 from puna.config import EngineConfig, LLaMAConfig
@@ -13,10 +13,14 @@ from puna.distributed import Communicator
 from puna.layers.pieces import torch_dtype
 from puna.models import LLaMAForCausalLM, model_loader
 from puna.models.loading import ModelLoader
-from puna.ops import OpSpec, choose, cpu
-from puna.ops.scaled import FP8
+from puna.models.packed_ops import packed_ops
+from puna.ops import Choice, CompiledBackend, OpSpec, ReferenceBackend, choose, cpu
 
 _log = logging.getLogger(__name__)
+
+# What a cache in int8 needs kernels for, and one in FP8; the last one has none on GPUs without FP8.
+_CACHE_OPS: Final = ("rotate_and_store", "paged_attention")
+_FP8_CACHE_OPS: Final = (*_CACHE_OPS, "quantize_rows")
 
 
 def weights_loader(
@@ -31,7 +35,7 @@ def weights_loader(
     Raises ValueError for a `quantization` or a type of the cache that needs kernels which are not there.
     """
     device = comm.device
-    refusal = _gpu_refusal(comm) if device.type == "cuda" else _cpu_refusal(comm, config, engine_config)
+    refusal = _refusal(comm, config, engine_config)
     if refusal is not None:
         for name, value in (("quantization", quantization), ("kv_cache_dtype", engine_config.kv_cache_dtype)):
             if value not in (None, "auto"):
@@ -58,6 +62,11 @@ def weights_loader(
     return loader
 
 
+def _refusal(comm: Communicator, config: LLaMAConfig, engine_config: EngineConfig) -> str | None:
+    """Why the device's kernels can't run the model at all, if that is so."""
+    return _gpu_refusal(comm) if comm.device.type == "cuda" else _cpu_refusal(comm, config, engine_config)
+
+
 def _cpu_refusal(comm: Communicator, config: LLaMAConfig, engine_config: EngineConfig) -> str | None:
     if comm.device.type != "cpu":
         return f"there are no kernels for {comm.device}"
@@ -76,32 +85,59 @@ def _gpu_refusal(comm: Communicator) -> str | None:
     )
 
 
-def _check_gpu(
-    loader: ModelLoader[LLaMAForCausalLM], comm: Communicator, quantization: str | None, engine_config: EngineConfig
-) -> None:
-    """Says which ops of the model have no kernel here, and refuses what would then be wrong or not be worth it."""
-    config = loader.config
-    spec = OpSpec(
+def op_choices(
+    loader: ModelLoader[LLaMAForCausalLM], comm: Communicator, engine_config: EngineConfig, reports_prompts: bool
+) -> tuple[Choice, ...]:
+    """What serves each op that the model calls in the engine; see `in_words`."""
+    refusal = _refusal(comm, loader.config, engine_config)
+    used = packed_ops(loader.model, reports_prompts)
+    choices = [one for one in choose(_spec(loader.config, comm))[1] if one.op in used]
+    if refusal is not None:  # then weights are as the reference takes them, whatever else there is
+        choices = [Choice(one.op, ReferenceBackend.name, (refusal,)) for one in choices]
+    return tuple(choices)
+
+
+def in_words(choices: Sequence[Choice]) -> str:
+    """Choices in a line: how many the preferred backend serves, and which ones another serves, and why."""
+    others: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    preferred: dict[str, list[str]] = {}
+    for one in choices:
+        if one.refusals:
+            others.setdefault((one.backend, one.refusals), []).append(one.op)
+        else:
+            preferred.setdefault(one.backend, []).append(one.op)
+    lines = []
+    for backend, ops in preferred.items():
+        details = f" ({cpu.level()})" if backend == CompiledBackend.name else ""
+        lines.append(f"{backend}{details} for {'all ' if len(ops) == len(choices) else ''}{len(ops)}")
+    for (backend, refusals), ops in others.items():
+        which = f"all {len(ops)}" if len(ops) == len(choices) else ", ".join(ops)
+        lines.append(f"{backend} for {which} ({'; '.join(refusals)})")
+    return "; ".join(lines)
+
+
+def _spec(config: LLaMAConfig, comm: Communicator) -> OpSpec:
+    return OpSpec(
         device=comm.device,
         dtype=torch_dtype(config.dtype),
         head_size=config.head_size,
         differentiable=False,
         deterministic=config.deterministic,
     )
-    missing = {one.op: "; ".join(one.refusals) for one in choose(spec)[1] if one.backend == "reference"}
-    if engine_config.kv_cache_dtype == "int8":
-        for op in ("rotate_and_store", "paged_attention"):
-            if op in missing:
-                raise ValueError(
-                    f"kv_cache_dtype is 'int8', but {op} has no kernel for it ({missing[op]}): leave it out"
-                )
+
+
+def _check_gpu(
+    loader: ModelLoader[LLaMAForCausalLM], comm: Communicator, quantization: str | None, engine_config: EngineConfig
+) -> None:
+    """Says which ops of the model have no kernel here, and refuses what would then be wrong or not be worth it."""
+    missing = {one.op: "; ".join(one.refusals) for one in choose(_spec(loader.config, comm))[1] if one.refusals}
+    cache = engine_config.kv_cache_dtype
+    for op in {"int8": _CACHE_OPS, "fp8": _FP8_CACHE_OPS}.get(cache, ()):
+        if op in missing:
+            raise ValueError(
+                f"kv_cache_dtype is {cache!r}, but {op} has no kernel for it ({missing[op]}): leave it out"
+            )
     if quantization == "fp8" and "scaled_linear" in missing:
         raise ValueError(f"quantization is 'fp8', but {missing['scaled_linear']}: use int8")
-    needed = ["add", "add_rms_norm", "embedding", "gated_activation", "paged_attention", "rms_norm", "rotate_and_store"]
-    if torch.uint8 in loader.parameter_dtypes:
-        needed.append("panel_linear")
-    if FP8 in loader.parameter_dtypes:
-        needed.extend(("quantize_rows", "scaled_linear"))
-    for op in needed:
-        if op in missing:
-            _log.warning("%s runs on the reference op, which is slow (%s)", op, missing[op])
+    for op in sorted(packed_ops(loader.model, reports_prompts=False) & missing.keys()):
+        _log.warning("%s runs on the reference op, which is slow (%s)", op, missing[op])

@@ -104,9 +104,9 @@ class ModelLoader(Generic[Model]):
         return sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
 
     @property
-    def parameter_dtypes(self) -> frozenset[torch.dtype]:
-        """Of the weights of this rank; uint8 are panels of codes, or of numbers on the CPU."""
-        return frozenset(parameter.dtype for parameter in self._model.parameters())
+    def model(self) -> Model:
+        """Without storage until `load` has given it some."""
+        return self._model
 
     def load(self, progress: Progress | None = None) -> Model:
         """Gives the model storage, fills it and hands it over. One call of `load` or `build` may be made.
