@@ -144,9 +144,22 @@ def test_scales_of_the_cache_go_along(make: Make, tmp_path: Path) -> None:
     folder = make()
     scales = {f"model.layers.1.self_attn.{name}_scale": torch.tensor(2.0) for name in "kv"}
     folder.write(folder.tensors | scales)
+    folder.change_config(
+        quantization_config={
+            "quant_method": "modelopt",
+            "quant_algo": None,
+            "kv_cache_quant_algo": "FP8",
+        }
+    )
     model = load_model(build(folder.path, tmp_path / "engine", quantization="bf16"))
     assert [layer.attention.cache_scales for layer in model.layers] == [(1.0, 1.0), (2.0, 2.0)]
-    assert open_checkpoint(tmp_path / "engine").cache_scales == {1: (2.0, 2.0)}
+    engine = open_checkpoint(tmp_path / "engine")
+    assert engine.cache_scales == {1: (2.0, 2.0)}
+    assert engine.cache_dtype == "fp8"
+    manifest = json.loads((tmp_path / "engine" / "engine.json").read_text())
+    del manifest["cache_dtype"]  # as in directories of versions that did not know it
+    (tmp_path / "engine" / "engine.json").write_text(json.dumps(manifest))
+    assert open_checkpoint(tmp_path / "engine").cache_dtype is None
 
 
 def test_llm_with_text(make_with_tokenizer: Path, tmp_path: Path) -> None:

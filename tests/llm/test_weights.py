@@ -12,11 +12,11 @@ import torch
 from puna import ops
 from puna.config import EngineConfig, LLaMAConfig
 from puna.distributed import NullCommunicator
-from puna.engine.weights import in_words, op_choices, weights_loader
+from puna.engine.weights import in_words, op_choices, resolved_cache_dtype, weights_loader
 from puna.llm import LLM
 from puna.models import LLaMAForCausalLM
 from puna.models.loading import ModelLoader
-from puna.models.random_weights import random_checkpoint
+from puna.models.random_weights import RandomCheckpoint, random_checkpoint
 from puna.ops import Choice, cpu, triton_table
 from puna.ops.scaled import FP8
 
@@ -136,7 +136,35 @@ def test_choices_in_words() -> None:
     )
 
 
-def test_a_gpu_without_fp8_keeps_no_cache_in_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_dtype(device: str, **limits: Any) -> str:
+    comm = NullCommunicator(device)
+    return resolved_cache_dtype(random_checkpoint(CONFIG), CONFIG, comm, EngineConfig(**limits))
+
+
+@pytest.fixture
+def declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random checkpoints whose makers want keys and values in FP8."""
+    monkeypatch.setattr(RandomCheckpoint, "cache_dtype", "fp8")
+
+
+def test_the_cache_is_in_fp8_where_the_makers_say_so(
+    hopper: None, declared: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert cache_dtype("cuda") == "fp8"
+    (line,) = caplog.messages
+    assert "keys and values are kept in FP8, as" in line
+    assert "kv_cache_dtype='bfloat16' would keep them in the model's dtype" in line
+    assert cache_dtype("cuda", kv_cache_dtype="bfloat16") == "bfloat16"
+    assert cache_dtype("cpu") == "auto"
+
+
+def test_the_cache_is_in_the_models_dtype_where_they_say_nothing(hopper: None) -> None:
+    assert cache_dtype("cuda") == "auto"
+
+
+def test_a_gpu_without_fp8_keeps_no_cache_in_it(hopper: None, declared: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_table, "capability", lambda device: (8, 0))
+    assert cache_dtype("cuda") == "auto"
     with pytest.raises(ValueError, match=r"kv_cache_dtype is 'fp8', but .*compute capability 8.9.*: leave it out"):
         loader("cuda", kv_cache_dtype="fp8")

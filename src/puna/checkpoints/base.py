@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -73,6 +73,11 @@ class Checkpoint(ABC):
     def check_readable(self) -> None:
         """Raises ValueError, with the remedy, where weights are quantised in a way that puna does not read."""
         return
+
+    @property
+    def cache_dtype(self) -> Literal["fp8"] | None:
+        """What the makers say that keys and values are to be kept in; None where they say nothing."""
+        return None
 
     @property
     def cache_scales(self) -> Mapping[int, tuple[float, float]]:

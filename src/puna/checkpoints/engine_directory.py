@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class EngineDescription:
 
     `config_fields` are those of a config.json in the dtype that the model runs in. `weight_formats` has, by the names
     of a checkpoint's tensors, the formats of weights that have another one than `quantization` stands for;
-    `cache_scales` are those of Checkpoint.
+    `cache_scales` and `cache_dtype` are those of Checkpoint.
     """
 
     source: str
@@ -92,6 +92,7 @@ class EngineDescription:
     config_fields: Mapping[str, Any]
     weight_formats: Mapping[str, str]
     cache_scales: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    cache_dtype: Literal["fp8"] | None = None
 
     def manifest(self, weight_bytes: int) -> dict[str, Any]:
         return {
@@ -107,6 +108,7 @@ class EngineDescription:
             "config": dict(self.config_fields),
             "weight_formats": dict(self.weight_formats),
             "cache_scales": {str(layer): list(scales) for layer, scales in self.cache_scales.items()},
+            "cache_dtype": self.cache_dtype,
         }
 
 
@@ -153,6 +155,10 @@ class EngineDirectory(Checkpoint):
 
     def read(self, name: str, source: tuple[slice, ...]) -> Tensor:
         return _view(self._pages(), self._tensors[name])[source].clone()
+
+    @property
+    def cache_dtype(self) -> Literal["fp8"] | None:
+        return self.description.cache_dtype
 
     @property
     def cache_scales(self) -> Mapping[int, tuple[float, float]]:
@@ -285,7 +291,15 @@ def _read_description(manifest: FieldReader) -> EngineDescription:
         config_fields=config.fields,
         weight_formats=names,
         cache_scales=_read_cache_scales(manifest.child("cache_scales")),
+        cache_dtype=_read_cache_dtype(manifest),
     )
+
+
+def _read_cache_dtype(manifest: FieldReader) -> Literal["fp8"] | None:
+    value = manifest.value("cache_dtype")  # which older directories lack
+    if value not in (None, "fp8"):
+        raise manifest.error("cache_dtype", value, "null or 'fp8'")
+    return None if value is None else "fp8"
 
 
 def _read_cache_scales(reader: FieldReader | None) -> dict[int, tuple[float, float]]:

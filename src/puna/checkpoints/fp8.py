@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -50,14 +50,9 @@ def read_scheme(fields: Mapping[str, Any], folder: Path) -> Fp8Scheme | None:
 
     Raises ValueError, with the remedy, for every other kind of quantisation.
     """
-    reader = FieldReader(fields, str(folder / "config.json"))
-    quantization = reader.child("quantization_config")
+    quantization = _quantization(fields, folder)
     if quantization is None:
-        if not (folder / MODELOPT_FILE).is_file():
-            return None
-        quantization = FieldReader(read_json_object(folder / MODELOPT_FILE), str(folder / MODELOPT_FILE))
-        found = quantization.child("quantization")
-        return None if found is None else _modelopt(found)
+        return None
     method = quantization.text("quant_method", "unnamed")
     if method == "compressed-tensors":
         return _compressed_tensors(quantization)
@@ -66,6 +61,25 @@ def read_scheme(fields: Mapping[str, Any], folder: Path) -> Fp8Scheme | None:
     if method == "fp8":
         return _fp8(quantization)
     raise ValueError(f"{quantization.source}: the quantization method {method!r} is not supported: {_REMEDY}")
+
+
+def read_cache_dtype(fields: Mapping[str, Any], folder: Path) -> Literal["fp8"] | None:
+    """What the same files say of keys and values, if `read_scheme` takes them; None where they say nothing."""
+    quantization = _quantization(fields, folder)
+    if quantization is None:
+        return None
+    scheme, algorithm = quantization.value("kv_cache_scheme"), quantization.value("kv_cache_quant_algo")
+    is_fp8 = isinstance(scheme, dict) or scheme == "static" or str(algorithm).upper() == "FP8"
+    return "fp8" if is_fp8 else None
+
+
+def _quantization(fields: Mapping[str, Any], folder: Path) -> FieldReader | None:
+    """What is said of the quantisation in config.json or else in ModelOpt's file, which has no other method."""
+    found = FieldReader(fields, str(folder / "config.json")).child("quantization_config")
+    if found is not None or not (folder / MODELOPT_FILE).is_file():
+        return found
+    found = FieldReader(read_json_object(folder / MODELOPT_FILE), str(folder / MODELOPT_FILE)).child("quantization")
+    return None if found is None else FieldReader({**found.fields, "quant_method": "modelopt"}, found.source)
 
 
 def _compressed_tensors(reader: FieldReader) -> Fp8Scheme | None:

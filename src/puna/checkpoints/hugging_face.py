@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from torch import Tensor
 
 from puna.checkpoints.base import Checkpoint
-from puna.checkpoints.fp8 import Fp8Tensors, read_scheme
+from puna.checkpoints.fp8 import Fp8Tensors, read_cache_dtype, read_scheme
 from puna.checkpoints.safetensors_files import SafetensorsFiles
 from puna.config import GenerationConfig, read_json_object
 from puna.quantization.quantized import Quantized
@@ -26,9 +26,11 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._config_fields = read_json_object(folder / "config.json")
         self._generation_config = GenerationConfig.from_hugging_face(folder)
         self._refusal: ValueError | None = None
+        self._cache_dtype: Literal["fp8"] | None = None
         scheme = None
         try:
             scheme = read_scheme(self._config_fields, folder)
+            self._cache_dtype = read_cache_dtype(self._config_fields, folder)
         except ValueError as error:  # files that can be described all the same
             self._refusal = error
         self._files = _open_weights(folder)
@@ -72,6 +74,10 @@ class HuggingFaceCheckpoint(Checkpoint):
     def check_readable(self) -> None:
         if self._refusal is not None:
             raise self._refusal
+
+    @property
+    def cache_dtype(self) -> Literal["fp8"] | None:
+        return self._cache_dtype
 
     @property
     def cache_scales(self) -> Mapping[int, tuple[float, float]]:

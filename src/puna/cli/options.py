@@ -100,7 +100,10 @@ class EngineFlags:
     ] = None
     kv_cache_dtype: Annotated[
         CacheDtypeName,
-        typer.Option(help="Number type of keys and values; auto is the model's.", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Number type of keys and values; auto is the model's, or on GPUs the checkpoint's fp8.",
+            rich_help_panel=_MODEL,
+        ),
     ] = CacheDtypeName.auto
     no_prefix_caching: Annotated[
         bool,

@@ -19,8 +19,9 @@ class EngineConfig:
     max_waiting: requests that may wait before others are refused; None means any number.
     max_skips: plans that a request may be passed over before it comes first (see scheduling/scheduler.py).
     seed: what the seeds of requests without one are drawn from.
-    kv_cache_dtype: what keys and values are kept in; "auto" is the model's dtype; int8 is for compiled kernels, fp8
-        (e4m3, times the scales that a checkpoint may have for them) for those of GPUs.
+    kv_cache_dtype: what keys and values are kept in; "auto" is the model's dtype, or fp8 where the checkpoint says so
+        and there are kernels for it; int8 is for compiled kernels, fp8 (e4m3, times the scales that a checkpoint may
+        have for them) for those of GPUs.
     threads: of the compiled CPU kernels, for the whole process; None means what this process may use.
     step_timeout: seconds after which a step counts as hanging, and the engine fails; None means that it may last.
     enforce_eager: run every step in Python instead of replaying recorded ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import operator
@@ -26,7 +27,7 @@ from puna.engine.recommended_pooling import recommended_pooling
 from puna.engine.request_trace import RequestTrace
 from puna.engine.token_bytes import TokenBytes
 from puna.engine.tokenizer import Tokenizer
-from puna.engine.weights import in_words, op_choices, weights_loader
+from puna.engine.weights import in_words, op_choices, resolved_cache_dtype, weights_loader
 from puna.models.loading import resolved_config
 from puna.ops import Choice, cpu
 from puna.planning.memory_plan import Capacity, MemoryPlan
@@ -158,6 +159,8 @@ class Engine:
                 "or later, such as an H100; leave it out elsewhere"
             )
         comm = NullCommunicator(device)
+        cache_dtype = resolved_cache_dtype(checkpoint, config, comm, engine_config)
+        engine_config = dataclasses.replace(engine_config, kv_cache_dtype=cache_dtype)
         loader = weights_loader(checkpoint, config, comm, quantization, engine_config)
         capacity = Capacity(
             max_model_len=max_model_len,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from puna.checkpoints import Checkpoint, EngineDirectory
-from puna.config import EngineConfig, LLaMAConfig
+from puna.config import CacheDtype, EngineConfig, LLaMAConfig
 from puna.distributed import Communicator
 from puna.layers.pieces import torch_dtype
 from puna.models import LLaMAForCausalLM, model_loader
@@ -83,6 +83,23 @@ def _gpu_refusal(comm: Communicator) -> str | None:
     return (
         None if importlib.util.find_spec("triton") else f"the kernels for {comm.device} need triton, which is missing"
     )
+
+
+def resolved_cache_dtype(
+    checkpoint: Checkpoint, config: LLaMAConfig, comm: Communicator, engine_config: EngineConfig
+) -> CacheDtype:
+    """`kv_cache_dtype`, where "auto" is FP8 if the checkpoint's makers say so and the device has kernels for it."""
+    asked = engine_config.kv_cache_dtype
+    if asked != "auto" or checkpoint.cache_dtype is None or comm.device.type != "cuda" or _gpu_refusal(comm):
+        return asked
+    if any(choice.op in _FP8_CACHE_OPS and choice.refusals for choice in choose(_spec(config, comm))[1]):
+        return asked
+    _log.info(
+        "keys and values are kept in FP8, as %s says: kv_cache_dtype=%r would keep them in the model's dtype",
+        checkpoint.source,
+        config.dtype,
+    )
+    return "fp8"
 
 
 def op_choices(

@@ -144,6 +144,7 @@ class ModelLoader(Generic[Model]):
             config_fields=self.config.to_hugging_face(),
             weight_formats=self._formats,
             cache_scales=self.checkpoint.cache_scales,
+            cache_dtype=self.checkpoint.cache_dtype,
         )
         others = text_files(self.checkpoint)
         with writing_engine(Path(target), description, _kinds(self._model), others) as storage:
