@@ -92,7 +92,7 @@ def continuous_batching(
         do_sample=False, eos_token_id=-1, pad_token_id=0, bos_token_id=1, max_new_tokens=new_tokens
     )
 
-    # Else each call captures its graphs anew.
+    # Else each call captures its graphs anew; what is kept has the size of the first call's requests.
     keeps = hasattr(model, "destroy_cached_continuous_batching_manager")
     more = {"persistent_manager": True} if keeps else {}
 
@@ -103,7 +103,7 @@ def continuous_batching(
         return synchronized(setting) - start, tokens
 
     try:
-        run(prompts[: max(1, count // 16)])
+        run(prompts if keeps else prompts[: max(1, count // 16)])
         seconds, tokens = run(prompts)
     finally:
         if keeps:  # it has most of the device's memory
