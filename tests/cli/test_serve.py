@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,29 @@ def test_a_timeout_cuts_off_with_an_error() -> None:
         assert rest[-2].startswith('data: {"error":')
         assert rest[-1] == "data: [DONE]"
         assert it.exit_code() == 0
+
+
+def read_metrics(url: str) -> str:
+    return str(httpx.get(f"{url}/metrics", timeout=30).text)
+
+
+def test_a_client_that_does_not_read_is_not_waited_for() -> None:
+    """Its answer is larger than what the sockets hold."""
+    body = {"model": "demo", "prompt": ["Once"] * 32, "max_tokens": 400, "stream": True, "ignore_eos": True}
+    content = json.dumps(body | {"logprobs": 20}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with serving("--shutdown-timeout", "1") as it, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", int(it.url.rpartition(":")[2])))
+        client.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+        end = time.monotonic() + 60
+        while not re.search(r"^vllm:generation_tokens_total\S* [1-9]\d{3}", read_metrics(it.url), re.MULTILINE):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        it.process.send_signal(signal.SIGTERM)
+        assert it.exit_code() == 0
+    assert "Traceback" not in it.text
+    assert "Exception" not in it.text
 
 
 def test_the_start_is_a_table_for_people() -> None:

@@ -127,13 +127,16 @@ class ServerLife:
             failed = error is not None or self.state.has_failed()
             self.state.phase = "failed" if failed else "draining"
             if failed:  # its requests have had their errors: what is left is to send them
-                server.config.timeout_graceful_shutdown = int(_GRACE)
+                server.config.timeout_graceful_shutdown = int(2 * _GRACE)
             server.should_exit = True
             if not failed:
                 await asyncio.wait({http}, timeout=self._listen.shutdown_timeout)
             if self.state.engine is not None:
                 # What still runs ends with an error that its clients are told.
                 await asyncio.to_thread(self.state.engine.shutdown)
+            await asyncio.wait({http}, timeout=_GRACE)
+            for connection in list(server.server_state.connections):  # of clients that do not read what they get
+                connection.transport.abort()  # type: ignore[union-attr]
             await http
         finally:
             for task in (stopping, failing):
@@ -153,7 +156,8 @@ class ServerLife:
             server_header=False,
             lifespan="off",
             timeout_keep_alive=_IDLE_TIMEOUT,
-            timeout_graceful_shutdown=int(self._listen.shutdown_timeout + _GRACE),
+            # A last resort, which would log a traceback for every connection: `run` ends them before.
+            timeout_graceful_shutdown=int(self._listen.shutdown_timeout + 2 * _GRACE),
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             # Connections above it are answered with 503: without descriptors left they could not even be taken.
             limit_concurrency=None if files == resource.RLIM_INFINITY else max(1, files - _SPARE_FILES),
