@@ -129,6 +129,43 @@ def test_prompts_that_are_too_long_have_openais_code(
     assert (error["param"], error["code"]) == (param, "context_length_exceeded")
 
 
+NAMED: tuple[tuple[bool, dict[str, Any], str, str], ...] = (
+    (False, {"prompt": "", "add_special_tokens": False}, "prompt", "the prompt is empty"),
+    (False, {"prompt": [99999]}, "prompt", "the prompt has the token 99999"),
+    (False, {"bad_words": ["\ud800"]}, "bad_words", "half a surrogate pair"),
+    (False, {"stop": 3}, "stop", "valid string"),
+    (False, {"stop": ["a", 3]}, "stop.1", "valid string"),
+    (False, {"guided_json": 3}, "guided_json", "valid string"),
+    (False, {"structured_outputs": {"json": 3}}, "structured_outputs.json", "valid string"),
+    (False, {"Str": 3}, "Str", "does not know this field"),
+    (False, {"stream": True, "stream_options": {"str": 1}}, "stream_options.str", "does not know this field"),
+    (
+        True,
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages.0.content.0",
+        "has the field text",
+    ),
+    (True, {"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content.0", "object"),
+    (True, {"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
+    (True, {"tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+    (True, {"tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required'"),
+    (True, {"tools": [{"type": "function", "function": {"name": 5}}]}, "tools.0.function.name", "valid string"),
+    (True, {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools", "tools is a field of its own"),
+    (True, {"messages": [{"role": "user", "content": "x" * 400}]}, "messages", "too long"),
+)
+
+
+@pytest.mark.parametrize(("chat", "fields", "param", "says"), NAMED, ids=[str(fields)[:50] for _, fields, *_ in NAMED])
+def test_the_field_at_fault_is_named_as_the_client_wrote_it(
+    server: Any, chat: bool, fields: dict[str, Any], param: str, says: str
+) -> None:
+    path, body = ("/v1/chat/completions", CHAT) if chat else ("/v1/completions", TEXT)
+    content = json.dumps(body | fields).encode()
+    answer = server.http.post(path, content=content, headers={"content-type": "application/json"})
+    check(answer, 400, says)
+    assert answer.json()["error"]["param"] == param, answer.text
+
+
 CONTRADICTIONS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"guided_choice": ["a"], "min_tokens": 3}, "min_tokens"),
     ({"guided_choice": ["ab"], "bad_words": ["a"]}, "bad_words"),
