@@ -41,9 +41,9 @@ def gated_fp8_tiles() -> None:
     """For a result in bfloat16, or rounded as the next layer wants it, with scales by row and by block."""
     for name in FEW:
         launch(*in_fp8(28672, 4096, TILES[name].rows), None, torch.bfloat16, TILES[name], "silu")
-        launch(*in_fp8(28672, 4096, TILES[name].rows), None, torch.bfloat16, TILES[name], "silu", STATIC)
         if name in BLOCK_TILES:
             launch(*in_fp8(28672, 4096, TILES[name].rows, True), None, torch.bfloat16, TILES[name], "silu")
+    launch(*in_fp8(28672, 4096, 16), None, torch.bfloat16, TILES["64x16"], "silu", STATIC)
     for name in ROUNDING_TILES:
         x, weight = in_fp8(28672, 4096, TILES[name].rows, True)
         launch(x, weight, None, torch.bfloat16, TILES[name], "silu", InputScaling(blocks=True))
