@@ -136,7 +136,7 @@ class ServerLife:
                 await asyncio.to_thread(self.state.engine.shutdown)
             await asyncio.wait({http}, timeout=_GRACE)
             for connection in list(server.server_state.connections):  # of clients that do not read what they get
-                connection.transport.abort()  # type: ignore[union-attr]
+                connection.transport.abort()
             await http
         finally:
             for task in (stopping, failing):
