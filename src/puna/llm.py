@@ -78,6 +78,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         deterministic: bool = False,
         overlap_kernels: bool = False,
+        tuning_dir: str | Path | None = None,
         profile_dir: str | Path | None = None,
     ) -> None:
         limits = EngineConfig(
@@ -95,6 +96,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             deterministic=deterministic,
             overlap_kernels=overlap_kernels,
+            tuning_dir=None if tuning_dir is None else str(tuning_dir),
         )
         tracer = None if profile_dir is None else ChromeTrace(profile_dir)
         try:

@@ -7,6 +7,7 @@ nothing, and that deterministic mode keeps every bit.
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from puna.models import LLaMAForCausalLM
 from puna.models.loading import save_model
 from puna.ops import ReferenceBackend, TritonBackend, triton_norm
 from puna.ops.triton_overlap import launch_options
+from puna.ops.triton_tuning import Tuning
 from puna.runtime.async_runner import AsyncModelRunner
 from puna.runtime.cuda import CudaAccelerator, usable_device
 from puna.runtime.step_graph import CudaStepGraph
@@ -136,6 +138,17 @@ def test_kernels_that_overlap_say_the_same(
     # Not all: variants are timed without, and what stands for a graph's replay in the interpreter runs anywhere.
     assert any(told)
     assert answers(folder, on_kernels, prompts, params, overlap_kernels=True, enforce_eager=True, **options) == usual
+
+
+def test_measurements_are_kept_where_the_engine_is_told(
+    folder: Path, on_kernels: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def of_device(device: torch.device, folder: Path | None = None, *, overlaps: bool = False) -> Tuning:
+        raise RuntimeError(f"{device} {folder} {overlaps}")
+
+    monkeypatch.setattr(Tuning, "of_device", of_device)
+    with pytest.raises(RuntimeError, match=re.escape(f"{on_kernels} {tmp_path} False")):
+        llm(folder, on_kernels, tuning_dir=str(tmp_path))
 
 
 def test_kernels_can_only_overlap_on_a_gpu(folder: Path) -> None:

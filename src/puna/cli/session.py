@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import queue
 import secrets
 import time
@@ -78,6 +79,7 @@ class OpenedModel:
                 capture=engine_flags.capture.value,
                 deterministic=engine_flags.deterministic,
                 overlap_kernels=engine_flags.overlap_kernels,
+                tuning_dir=_cache_folder(),
             ),
         )
 
@@ -323,6 +325,13 @@ def stats_lines(answer: Answer, load_seconds: float) -> list[str]:
         f"loading      {load_seconds:.2f} s",
         f"peak memory  {peak_memory_bytes() / 2**20:.0f} MiB",
     ]
+
+
+def _cache_folder() -> str | None:
+    """puna's part of the folder that the environment names for caches, if it does."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification (XDG Base Directory) wants others to be ignored.
+    return os.path.join(folder, "puna") if os.path.isabs(folder) else None
 
 
 def set_threads(threads: int | None) -> None:

@@ -30,6 +30,7 @@ class EngineConfig:
     deterministic: no result depends, in any bit, on what is computed beside it; costs time on GPUs, and holds on the
         compiled CPU kernels anyway.
     overlap_kernels: our kernels start before the ones ahead of them have ended; for GPUs from compute capability 9 on.
+    tuning_dir: the folder of a file with what was measured of variants of a GPU's kernels; None means ~/.cache/puna.
     """
 
     max_model_len: int | None = None
@@ -49,6 +50,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     deterministic: bool = False
     overlap_kernels: bool = False
+    tuning_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_skips"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from puna.config import EngineConfig, LLaMAConfig
 from puna.distributed import Communicator
 from puna.engine.executor import AsyncExecutor, Executor, LocalExecutor
 from puna.models import LLaMAForCausalLM
+from puna.ops.triton_tuning import Tuning
 from puna.planning.memory_plan import Capacity, MemoryPlan, plan_memory
 from puna.runtime.accelerator import Accelerator, DeviceMemory
 from puna.runtime.async_runner import AsyncModelRunner
@@ -62,15 +64,11 @@ class Placement:
         if self.accelerator is None:
             runner = ModelRunner(network, self._pool(memory.num_blocks), buffers, sampler, use_buckets, tracer)
             return LocalExecutor(runner, tracer), memory
+        limits = self.engine_config
+        folder = None if limits.tuning_dir is None else Path(limits.tuning_dir)
+        tuning = Tuning.of_device(self.accelerator.device, folder, overlaps=limits.overlap_kernels)
         asynchronous = AsyncModelRunner(
-            network,
-            self._pool((1,) * num_windows),
-            buffers,
-            sampler,
-            self.accelerator,
-            use_buckets,
-            tracer,
-            self.engine_config.overlap_kernels,
+            network, self._pool((1,) * num_windows), buffers, sampler, self.accelerator, use_buckets, tracer, tuning
         )
         memory = self._measured(asynchronous, memory.weights)
         asynchronous.pool = self._pool(memory.num_blocks)

@@ -82,7 +82,8 @@ class AsyncModelRunner(ModelRunner):
     step takes them from where it left them. Other steps, with penalties, grammars, log-probabilities, beams or pooling,
     are launched as early, but wait in `launch` for the steps before and for their own logits.
 
-    Steps and `launch` belong to one thread; results may be asked for in another.
+    Steps and `launch` belong to one thread; results may be asked for in another. `tuning` chooses among variants of
+    kernels, with measurements before the first step and before steps are captured; None: their defaults.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class AsyncModelRunner(ModelRunner):
         accelerator: Accelerator,
         use_buckets: bool = False,
         tracer: Tracer | None = None,
-        overlaps_kernels: bool = False,
+        tuning: Tuning | None = None,
     ) -> None:
         super().__init__(model, pool, buffers, sampler, use_buckets, tracer)
         self._accelerator = accelerator
@@ -105,7 +106,7 @@ class AsyncModelRunner(ModelRunner):
         self._latest: PendingStep | None = None
         self._places: dict[int, int] = {}  # in `chosen`, of the sequences that the latest step chose for
         self._clock = None if tracer is None else DeviceClock(accelerator)
-        self._tuning = Tuning.of_device(accelerator.device, overlaps=overlaps_kernels)
+        self._tuning = Tuning() if tuning is None else tuning
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.launch(plan).result()
