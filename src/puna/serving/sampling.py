@@ -59,7 +59,8 @@ def sampling_params(
     chosen |= overrides
     asked = guided_decoding(request)
     if guided is not None and asked is not None:
-        raise bad_request("tool_choice constrains the output already: leave out response_format and guided_*")
+        field = request.constraints[0]
+        raise bad_request(f"tools and tool_choice constrain the output already: leave out {field}", field)
     constraint = guided or asked
     if constraint is not None and reasoning is not None:
         constraint = replace(constraint, reasoning=reasoning)
