@@ -21,6 +21,7 @@ from torch import Tensor
 from puna.ops import reference, triton_tuning
 from puna.ops.panels import BLOCK, LANES, Panels
 from puna.ops.triton_device import multiprocessors
+from puna.ops.triton_overlap import await_turn, bytes_ahead, launch_options, prefetch, programs_ahead
 from puna.ops.triton_panels import dequantize, panel_sums, tile_rows
 from puna.ops.triton_pointwise import activate, gated_activation
 from puna.ops.triton_rounding import rounded
@@ -125,9 +126,19 @@ def panel_kernel(  # type: ignore[no-untyped-def]
     R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     UNROLL: tl.constexpr,
+    AHEAD: tl.constexpr = 0,  # bytes of each panel, see triton_overlap
+    PROGRAMS_AHEAD: tl.constexpr = 0,
+    OVERLAP: tl.constexpr = False,
 ):
     """BLOCK_T rows of x times P R panels: see panel_sums. A gated layer's are R = 2 runs of P panels, gates and ups."""
     first = tl.program_id(1) * (P if ACTIVATION != "" else P * R)
+    if AHEAD > 0:
+        WORDS: tl.constexpr = 16 * GROUPS * (1 + MINIMUMS) + 32 * BITS
+        for r in tl.static_range(R):
+            at = first + r * second
+            runs = tl.where(tl.program_id(1) < PROGRAMS_AHEAD, tl.minimum(panels - at, P), 0)
+            prefetch(words + at.to(tl.int64) * blocks * WORDS, runs, blocks * (4 * WORDS), AHEAD)
+    await_turn(OVERLAP)
     # Rows past the last one are computed from it and not stored, which takes no masks.
     t = tl.minimum(tl.program_id(0) * BLOCK_T + tile_rows(BLOCK_T), T - 1)
     result = panel_sums(
@@ -240,8 +251,10 @@ def launch(
     y = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
     count, blocks = panels.data.shape[0], -(-inputs // BLOCK)
     half = x.dtype == torch.float16
+    row_tiles, programs = triton.cdiv(flat.shape[0], tile.rows), triton.cdiv(count, tile.panels)
+    ahead = bytes_ahead(panels.data, panels.data[0].nbytes, tile.panels, programs) if row_tiles == 1 else 0
     if y.numel():
-        panel_kernel[(triton.cdiv(flat.shape[0], tile.rows), triton.cdiv(count, tile.panels))](
+        panel_kernel[(row_tiles, programs)](
             flat,
             panels.data.view(torch.int32),
             y if bias is None else bias,
@@ -267,7 +280,10 @@ def launch(
             R=tile.stacked,
             BLOCK_T=tile.rows,
             UNROLL=max(1, tile.unroll * 4 // form.bits),
+            AHEAD=ahead,
+            PROGRAMS_AHEAD=programs_ahead(x.device) if ahead else 0,
             num_warps=tile.warps,
+            **launch_options(),
         )
     return y
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from puna.ops.scaled import SCALE_BLOCK, InputScaling, ScaledRows, ScaledWeight
+from puna.ops.triton_overlap import await_turn, bytes_ahead, launch_options, prefetch, programs_ahead
 from puna.ops.triton_panels import computable
 from puna.ops.triton_pointwise import gated
 from puna.ops.triton_rounding import rounded
@@ -151,6 +152,12 @@ def launch(
     step, stages = _pipeline(tile, scales == _BY_BLOCK.value)
     step //= flat.element_size()
     span = triton.cdiv(triton.cdiv(inputs, tile.parts), step) * step
+    ahead = 0
+    if rows <= tile.rows <= 64 and inputs == span * tile.parts:
+        lines = tile.outputs * tile.parts
+        ahead = bytes_ahead(matrix, span * flat.element_size(), lines, triton.cdiv(columns, own))
+    scales_of_line = triton.cdiv(inputs, SCALE_BLOCK) if scales == _BY_BLOCK.value else columns
+    has_scales = scales != _NONE.value and weight_scales.numel() > 1
     if target.values.numel():
         _matrix_kernel[(triton.cdiv(columns, own) * triton.cdiv(rows, tile.rows),)](
             target.values,
@@ -181,8 +188,12 @@ def launch(
             WHOLE_INPUTS=inputs == span * tile.parts,
             PROMOTE=scales == _BY_OUTPUT.value and tile.rows <= 64,  # where reading weights takes longer than products
             TOGETHER=max(1, _TOGETHER_BYTES // (inputs * flat.element_size() * tile.rows)),
+            AHEAD=ahead,
+            PROGRAMS_AHEAD=programs_ahead(flat.device) if ahead else 0,
+            SCALES_AHEAD=has_scales and bytes_ahead(weight_scales, 4 * scales_of_line, 1, 1) > 0,
             num_warps=tile.warps,
             num_stages=stages,
+            **launch_options(),
         )
     return target
 
@@ -217,10 +228,28 @@ def _matrix_kernel(  # type: ignore[no-untyped-def]
     WHOLE_INPUTS: tl.constexpr,
     PROMOTE: tl.constexpr,
     TOGETHER: tl.constexpr,
+    AHEAD: tl.constexpr = 0,  # bytes of each line of the weight, see triton_overlap
+    PROGRAMS_AHEAD: tl.constexpr = 0,
+    SCALES_AHEAD: tl.constexpr = False,
+    OVERLAP: tl.constexpr = False,
 ):
     GATED: tl.constexpr = ACTIVATION != ""
     COLUMNS: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
     tile_n, tile_t = _tile_of_program(num_columns, num_rows, COLUMNS, ROWS, TOGETHER)
+    if AHEAD > 0:
+        count = tl.minimum(num_columns - tile_n * COLUMNS, COLUMNS)
+        count = tl.where(tl.program_id(0) < PROGRAMS_AHEAD, count, 0)
+        blocks = tl.cdiv(num_inputs, 128)
+        for half in tl.static_range(OUTPUTS // COLUMNS):
+            first = half * num_columns + tile_n * COLUMNS
+            for part in tl.static_range(PARTS):
+                at = weight + first.to(tl.int64) * num_inputs + part * SPAN
+                prefetch(at, count, num_inputs * (weight.dtype.element_ty.primitive_bitwidth // 8), AHEAD)
+            if SCALES_AHEAD and SCALES == _BY_BLOCK:
+                prefetch(weight_scales + first // 128 * blocks, 1, 0, 4 * blocks)
+            elif SCALES_AHEAD:
+                prefetch(weight_scales + first, 1, 0, 4 * count)
+    await_turn(OVERLAP)
     # The lines of the tensor cores' tile: output (gates, then ups) and part, and row and part.
     lines = tl.arange(0, OUTPUTS * PARTS)
     columns = tl.arange(0, ROWS * PARTS)

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,11 +44,13 @@ from puna.ops.triton_device import multiprocessors
 from puna.ops.triton_rounding import INTERPRETED
 
 # Bytes of a weight that a program asks for before it waits. What is between two products takes one to three
-# microseconds, in each of which memory could deliver 4.3 MB: 33 KB for each multiprocessor. Of programs that are on the
-# device at once, three or so on a multiprocessor, this makes 13 MB at most, a quarter of the L2 cache.
+# microseconds, in each of which memory could deliver 4.3 MB, or 33 KB for each multiprocessor. Two microseconds make
+# 8.7 MB, a sixth of the L2 cache.
 _AHEAD: Final = 32 * 1024
-# And where a multiprocessor has no more than two programs.
-_AHEAD_OF_FEW: Final = 64 * 1024
+# And where a multiprocessor has one program.
+_AHEAD_OF_ONE: Final = 64 * 1024
+# Programs of a multiprocessor that prefetch: those that come later have nothing to wait for.
+_PROGRAMS_AHEAD: Final = 2
 
 
 def launch_options() -> dict[str, bool]:
@@ -60,8 +63,13 @@ def bytes_ahead(weight: Tensor, length: int, runs: int, programs: int) -> int:
     which have `length` bytes: 0 where it can't, or where kernels do not start early."""
     if not triton_tuning.current().overlaps or length % 16 or weight.data_ptr() % 16:
         return 0
-    most = _AHEAD_OF_FEW if programs <= 2 * multiprocessors(weight.device) else _AHEAD
+    most = _AHEAD_OF_ONE if programs <= multiprocessors(weight.device) else _AHEAD
     return min(length, most // runs // 16 * 16)
+
+
+def programs_ahead(device: torch.device) -> int:
+    """Programs that should prefetch, of those that are the first to start."""
+    return _PROGRAMS_AHEAD * multiprocessors(device)
 
 
 @triton.jit
