@@ -200,6 +200,18 @@ def test_codes_and_statuses_of_errors() -> None:
     assert {int(status) for status, _, _ in told} == statuses
 
 
+def test_types_of_errors() -> None:
+    rest = {code: words for _, codes, words in rows("Errors") for code in quoted(codes)}
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ApiError":
+                given = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
+                code, kind = given.get("code"), given.get("kind")
+                words = re.findall(r"\b(\w+_error|service_unavailable)\b", rest.get(str(code), ""))
+                if code is not None:
+                    assert words == ([] if kind is None else [kind]), code
+
+
 def test_metrics() -> None:
     exported = {f"{name}_total" if kind == "counter" else name for name, kind in EXPORTED.items()}
     ours = {name for name in exported if not name.startswith("process_")}
