@@ -74,16 +74,16 @@ def _errors_come_in_the_test_that_made_them(device: torch.device) -> Iterator[No
 
 
 @pytest.fixture(scope="session")
-def compiled_for_hopper() -> Callable[[str], list[dict[str, Any]]]:
-    """Given the name of a function in a module of this folder that calls launchers with CPU tensors: the kernels that
+def compiled_for_hopper() -> Callable[..., list[dict[str, Any]]]:
+    """Given the names of functions in modules of this folder that call launchers with CPU tensors: the kernels that
     these compiled for Hopper, as sm90.py describes them."""
     if torch.cuda.is_available():
         pytest.skip("kernels run here: none has to be compiled for a GPU that is not there")
 
-    def compile_them(function: str) -> list[dict[str, Any]]:
+    def compile_them(*functions: str) -> list[dict[str, Any]]:
         paths = os.pathsep.join([str(HERE), *sys.path])
         environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, str(HERE / "sm90.py"), function]
+        command = [sys.executable, str(HERE / "sm90.py"), *functions]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]

@@ -3,7 +3,8 @@
 Run as a program, in a process of its own, since triton decides when it is imported whether it interprets:
 python sm90.py MODULE.FUNCTION ... calls each function, which calls launchers with CPU tensors of real sizes, and prints
 a JSON line for each kernel that they compiled: name, registers, bytes of spills and of shared memory, and how often the
-machine code has the instructions that matter.
+machine code has the instructions that matter. Of kernels that start early (`sm90.py --overlap ...`) also what they do
+before they wait.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sass
+
 REGISTERS = re.compile(r"REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)")
-# Tensor cores of Hopper (bf16, fp8), the older ones, asynchronous copies, TMA, and spills to local memory.
-INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "LDGSTS", "UTMALDG", "LDL", "STL")
+# Tensor cores of Hopper (bf16, fp8), the older ones, asynchronous copies, TMA, spills to local memory; calling the next
+# kernel, waiting for the one ahead, and prefetching for both.
+INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "LDGSTS", "UTMALDG", "LDL", "STL", "PREEXIT", "ACQBULK", "UBLKPF")
 MAX_SHARED = 232_448  # bytes that one block may have on Hopper
 
 
@@ -47,10 +52,13 @@ def _install() -> list[dict[str, Any]]:
                 )
             registers, stack, local = map(int, REGISTERS.search(usage.stdout + usage.stderr).groups())  # type: ignore[union-attr]
             counts = collections.Counter(re.findall(r"\b(" + "|".join(INSTRUCTIONS) + r")\b", code.stdout))
+            if "ACQBULK" in counts:
+                counts["before_wait"] = sass.before_wait(code.stdout)  # type: ignore[assignment]
             found.append(
                 {
                     "kernel": name,
                     "cubin": hashlib.sha256(cubin).hexdigest()[:12],
+                    "code": hashlib.sha256(sass.instructions(code.stdout).encode()).hexdigest()[:12],
                     "registers": registers,
                     "stack": stack + local,
                     "shared": shared,
@@ -93,13 +101,21 @@ def _install() -> list[dict[str, Any]]:
 
 
 def main(functions: list[str]) -> None:
+    overlaps = functions[0] == "--overlap"
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
     found = _install()
-    for function in functions:
+    for function in functions[overlaps:]:
         module, _, name = function.rpartition(".")
         start = len(found)
-        getattr(importlib.import_module(module), name)()
+        case = getattr(importlib.import_module(module), name)
+        if overlaps:
+            from puna.ops.triton_tuning import Tuning
+
+            with Tuning(overlaps=True).used():
+                case()
+        else:
+            case()
         for kernel in found[start:]:
             print(json.dumps({"case": function, **kernel}), flush=True)
 

@@ -252,8 +252,8 @@ def launch(
     count, blocks = panels.data.shape[0], -(-inputs // BLOCK)
     half = x.dtype == torch.float16
     row_tiles, programs = triton.cdiv(flat.shape[0], tile.rows), triton.cdiv(count, tile.panels)
-    ahead = bytes_ahead(panels.data, panels.data[0].nbytes, tile.panels, programs) if row_tiles == 1 else 0
     if y.numel():
+        ahead = bytes_ahead(panels.data, panels.data.nbytes // count, tile.panels, programs) if row_tiles == 1 else 0
         panel_kernel[(row_tiles, programs)](
             flat,
             panels.data.view(torch.int32),
