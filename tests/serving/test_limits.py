@@ -222,6 +222,20 @@ def test_a_body_that_does_not_come_is_not_waited_for(quick: tuple[str, int]) -> 
     assert (status, error["code"]) == (408, "request_timeout")
 
 
+def test_a_client_that_leaves_within_its_body_is_known_as_such(
+    quick: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "puna.serving"), socket.create_connection(("127.0.0.1", quick[1])) as it:
+        it.sendall(f'{HEAD}x-request-id: leaves\r\ncontent-length: 100\r\n\r\n{{"model"'.encode())
+        it.close()
+        end = time.monotonic() + 10
+        while "request_id=leaves" not in caplog.text:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    (line,) = [record.getMessage() for record in caplog.records if "request_id=leaves" in record.getMessage()]
+    assert re.match(r"POST '/v1/completions' 499 .* error=client_left$", line)
+
+
 # ---- heads and connections
 
 

@@ -103,6 +103,8 @@ class Guard:
             except asyncio.TimeoutError:
                 late = f"the body was not there after {settings.body_timeout:g} seconds"
                 raise ApiError(408, late, code="request_timeout") from None
+            if message["type"] == "http.disconnect":  # FastAPI would take it for a body that can't be read
+                raise ApiError(GONE, "the client left before its request was whole", kind="client_left")
             received += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if received > settings.max_body_bytes:
