@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fake_accelerator import FakeAccelerator
 from puna.config import LLaMAConfig
 from puna.distributed import NullCommunicator
 from puna.models import LLaMAForCausalLM
+from puna.ops import triton_tuning
 from puna.runtime.async_runner import AsyncModelRunner, PendingStep
 from puna.runtime.device_clock import DeviceClock
 from puna.runtime.kv_pool import KVPool
@@ -326,6 +329,32 @@ def test_everything_is_captured_at_the_start_the_largest_first(model: LLaMAForCa
     go_on(runner, 1, 0, 1, 2).result()
     assert len(accelerator.graphs) == before
     assert sum(graph.num_replays for graph in accelerator.graphs) == before + 3
+
+
+def test_attention_of_long_prompts_is_measured_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LLaMAConfig(
+        num_layers=1, num_heads=2, num_kv_heads=1, head_size=8, hidden_size=16, mlp_hidden_size=16, vocab_size=16,
+        max_position_embeddings=8192, dtype="bfloat16", quant="bf16",
+    )  # fmt: skip
+    model, accelerator = LLaMAForCausalLM(config, NullCommunicator()), FakeAccelerator()
+    asked: list[tuple[int, ...]] = []
+
+    def prompt_attention(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *rest: object) -> None:
+        assert query.shape == (*lengths, 2, 8)
+        assert key.shape == value.shape == (*lengths, 1, 8)
+        assert query.dtype == torch.bfloat16
+        assert triton_tuning.current().choose("prompts/1", lengths, "a", ("a", "b"), lambda variant: None) == "b"
+        asked.append(lengths)
+
+    attention = model.layers[0].attention
+    monkeypatch.setattr(attention, "ops", dataclasses.replace(attention.ops, prompt_attention=prompt_attention))
+    buffers = StepBuffers(3000, 2, 8192 // SIZE, SIZE, accelerator, reports_prompts=True)
+    runner = AsyncModelRunner(model, pool(), buffers, Sampler(16), accelerator)
+    runner.tune_prompts()  # nothing can be measured here
+    assert asked == []
+    runner._tuning = triton_tuning.Tuning(None, lambda calls: [2.0, 1.0])
+    runner.tune_prompts()
+    assert asked == [(1024,), (1023,), (2048,), (2047,)]
 
 
 def test_what_can_not_be_captured_runs_eagerly_and_says_so(

@@ -92,6 +92,8 @@ class Placement:
             self.accelerator.release_cached()
         for plan in runner.small_steps():
             runner.rehearse(plan)
+        if not self.config.deterministic:
+            runner.tune_prompts()
         # Steps in which the host has a part hold copies of some rows of logits; scored prompts, of theirs.
         vocab_size = self.config.vocab_size
         workspace += 8 * min(CHUNK_ELEMENTS_ELSEWHERE, self.capacity.max_num_seqs * vocab_size)

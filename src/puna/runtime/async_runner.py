@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna.layers.pieces import torch_dtype
 from puna.models import LLaMAForCausalLM
 from puna.ops.triton_tuning import Tuning
 from puna.runtime.accelerator import Accelerator, Event, NotRecordable
@@ -32,6 +33,7 @@ from puna.scheduling.step_plan import StepPlan, StepResult, StepRow
 _Ending = Literal["greedy", "drawn", "hidden"]
 _log = logging.getLogger(__name__)
 _NOTHING: Final = StepResult((), {}, {}, {})
+_LONG_PROMPT: Final = 1024
 # Steps whose tokens the host may not have read: the one that runs, the one behind it, and one that is being read.
 _OUTCOMES: Final = 3
 
@@ -173,6 +175,24 @@ class AsyncModelRunner(ModelRunner):
         with self._tuning.used(measure=tune):
             # Kernels may divide their work, and what they keep of it, by the width of the tables.
             self._run("drawn", self.buffers.fill(plan, width=self.buffers.max_blocks, draws=columns))
+
+    @torch.inference_mode()
+    def tune_prompts(self) -> None:
+        """Has attention of single long prompts measured: of powers of two, and of a token less, which libraries may
+        take another way. The largest prefill alone would tell of its own length."""
+        config, attention = self.model.config, self.model.layers[0].attention
+        longest = min(self.buffers.max_tokens, self.buffers.max_length)
+        if self._tuning.timer is None or longest < _LONG_PROMPT:
+            return
+        self._accelerator.use()
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        packed = torch.randn((longest, sum(heads), config.head_size), device=self._accelerator.device)
+        parts = packed.to(torch_dtype(config.dtype)).split(heads, dim=1)
+        with self._tuning.used():
+            for power in range(_LONG_PROMPT.bit_length() - 1, longest.bit_length()):
+                for count in (1 << power, (1 << power) - 1):
+                    rows = [part[:count] for part in parts]
+                    attention.ops.prompt_attention(*rows, (count,), attention.scale, attention.sliding_window)
 
     def _dummy_row(self, length: int) -> StepRow:
         blocks = (DUMMY_BLOCK,) * -(-length // self.buffers.block_size)

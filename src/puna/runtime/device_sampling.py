@@ -107,7 +107,7 @@ def choose(logits: Tensor, draws: Draws, is_greedy: bool) -> tuple[Tensor, Tenso
     """A token for each row of logits [R, V], and the row's highest logit -> int64 [R], float32 [R].
 
     Rows of temperature 0 get their likeliest token; `is_greedy`: all are such, and nothing else in `draws` counts. The
-    tokens are those that Sampler.sample chooses. On a GPU with triton nothing is waited for, so that it can be captured.
+    tokens are those that Sampler.sample chooses. On a GPU with triton nothing is waited for, which captures need.
     """
     if is_greedy:
         return ops.argmax(logits)
