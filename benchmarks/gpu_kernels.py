@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from puna.ops import triton_attention, triton_fp8
+from puna.ops import triton_attention, triton_dense, triton_fp8
 from puna.ops.panels import PanelFormat, Panels
 from puna.ops.scaled import FP8, ScaledRows, ScaledWeight
 from puna.ops.triton_linear import panel_linear
@@ -41,6 +41,13 @@ def fp8_linear(rows: int, outputs: int, inputs: int, device: torch.device) -> No
         )
 
 
+def gated_linear(rows: int, device: torch.device) -> None:
+    """Gate, up and activation in bfloat16."""
+    x, weight = (torch.randn((n, HIDDEN), device=device, dtype=torch.bfloat16) for n in (rows, 2 * INNER))
+    for _ in range(2):
+        triton_dense.gated_linear(x, weight, None, "silu")
+
+
 def int4_linear(rows: int, outputs: int, inputs: int, device: torch.device) -> None:
     form = PanelFormat(bits=4)
     blocks = torch.randint(0, 256, (*form.buffer_shape(outputs, inputs),), dtype=torch.uint8, device=device)
@@ -57,6 +64,7 @@ def main() -> None:
         attention(sequences, context, device)
     for rows in (1, 1024):
         fp8_linear(rows, 2 * INNER, HIDDEN, device)
+    gated_linear(1, device)
     int4_linear(1, HIDDEN, INNER, device)
     torch.cuda.synchronize()
 
