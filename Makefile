@@ -93,4 +93,4 @@ $(LLAMA_SERVER): $(PEERS)/.installed
 		-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_COMMON=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
 		-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF
-	$(BIN)/cmake --build $(PEERS)/llama.cpp --target llama-server --parallel
+	$(BIN)/cmake --build $(PEERS)/llama.cpp --target llama-server --parallel $$(nproc)
