@@ -16,7 +16,9 @@ from openai.types.chat import completion_create_params as chat_params
 
 from openai.types import completion_create_params as text_params  # isort: skip
 
+from puna.config import CacheDtype, EngineConfig
 from puna.engine.engine import Engine
+from puna.serving.completions import fingerprint
 from puna.serving.state import ServerSettings, ServerState
 from serving.conftest import Running, listening
 from serving.test_reasoning import HYBRID
@@ -256,6 +258,20 @@ def test_answers_of_chats_are_of_the_official_types(full: Running, fields: dict[
             assert chunk.service_tier == found.service_tier
     assert chunk.usage.completion_tokens == found.usage.completion_tokens
     assert chunk.usage.completion_tokens_details == found.usage.completion_tokens_details
+
+
+def test_fingerprints_tell_numbers_apart(folder: Path) -> None:
+    def found(quantization: str | None = None, cache: CacheDtype = "auto", seats: int = 4) -> str:
+        limits = EngineConfig(max_model_len=32, max_num_seqs=seats, kv_cache_dtype=cache)
+        engine = Engine.from_pretrained(str(folder), engine_config=limits, quantization=quantization)
+        try:
+            return fingerprint(ServerState(ServerSettings(model_name="small"), engine, "ready"))
+        finally:
+            engine.shutdown()
+
+    assert found() == found(seats=8)
+    kinds = [found(), found("int8"), found("int4"), found(cache="bfloat16")]
+    assert len(set(kinds)) == len(kinds)
 
 
 @pytest.mark.parametrize("fields", [{}, {"n": 2, "logprobs": 2}, {"temperature": 0, "n": 2}, {"echo": True}])

@@ -198,7 +198,7 @@ class Engine:
         )
         return cls(
             EngineParts(
-                config=config,
+                config=loader.config,
                 generation_config=checkpoint.generation_config,
                 engine_config=engine_config,
                 tokenizer=tokenizer,

@@ -234,8 +234,9 @@ def usage(
 
 def fingerprint(state: ServerState) -> str:
     """The same for the same model, in the same numbers, by the same version: then seeds give the same texts."""
-    config = state.ready_engine().parts.config
-    digest = hashlib.sha256(f"{state.settings.model_name} {config}".encode()).hexdigest()
+    parts = state.ready_engine().parts
+    numbers = f"{parts.config} {parts.engine_config.kv_cache_dtype}"
+    digest = hashlib.sha256(f"{state.settings.model_name} {numbers}".encode()).hexdigest()
     return f"puna-{__version__}-{digest[:8]}"
 
 
