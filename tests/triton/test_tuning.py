@@ -64,6 +64,29 @@ def test_a_variant_that_fails_is_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "u.json").exists()
 
 
+def test_a_variant_may_ask_itself() -> None:
+    """As a product with its activation apart does: it gets the default while it is timed, and its own choice later."""
+    times = iter(((2e-6, 1e-6), (3e-6, 1e-6)))
+
+    def timer(calls: Sequence[Callable[[], object]]) -> list[float | None]:
+        for call in calls:
+            call()
+        return list(next(times))
+
+    tuning, inner = Tuning(timer=timer), []
+
+    def run(variant: str) -> None:
+        if variant == "apart":
+            asked = triton_tuning.current().choose("inner/1", SHAPE, "x", ("x", "y"), lambda variant: None)
+            inner.append(asked)
+
+    with tuning.used():
+        chosen = tuning.choose("outer/1", SHAPE, "one", ("one", "apart"), run)
+        run(chosen)
+    assert chosen == "apart"
+    assert inner == ["x", "y"]
+
+
 def test_nothing_is_measured_without_being_told_nor_without_a_gpu(tmp_path: Path) -> None:
     watch = Watch(3e-6, 1e-6, 2e-6)
     tuning = Tuning(tmp_path / "t.json", watch)
