@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import sys
 
 import pytest
 import torch
@@ -24,3 +26,17 @@ def test_zeros_of_that_size_which_outlive_the_first_view(size: int) -> None:
     del pages
     gc.collect()
     assert last.item() == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are Linux's")
+def test_many_small_parts_get_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    advised = []
+
+    class Recorded(mmap.mmap):
+        def madvise(self, *arguments: int) -> None:
+            advised.append(len(self))
+
+    monkeypatch.setattr(mmap, "mmap", Recorded)
+    for size, parts in ((1 << 25, 1), (1 << 25, 2), (1 << 26, 2), (0, 0)):
+        zero_pages(size, parts)
+    assert advised == [(1 << 25) + (1 << 21), (1 << 26) + (1 << 21)]

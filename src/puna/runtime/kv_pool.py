@@ -93,7 +93,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     seconds of a start, and blocks that no sequence ever uses would be memory in use."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return zero_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    return zero_pages(math.prod(shape) * dtype.itemsize, parts=shape[0]).view(dtype).view(shape)
 
 
 def available_memory(device: torch.device) -> int:
