@@ -33,6 +33,8 @@ from gpu_parts.arithmetic import Limits
 from gpu_parts.beside import beside
 from gpu_parts.settings import SHAPES, setting_of
 
+from puna.ops import OP_NAMES, OpSpec, TritonBackend
+
 Results = Iterator[dict[str, Any]]
 # In the order of what matters if time runs out.
 PARTS: Final = ("limits", "single", "offline", "startup", "deterministic", "beside", "trace", "agreement")
@@ -173,6 +175,19 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def leave_out(ops: frozenset[str]) -> None:
+    """Has torch compute these ops from now on, so that one kernel that is broken does not keep all else from being
+    measured. Raises SystemExit for what is no op."""
+    if unknown := ops - set(OP_NAMES):
+        raise SystemExit(f"--without has {', '.join(sorted(unknown))}: the ops are {', '.join(OP_NAMES)}")
+    function = TritonBackend.function
+
+    def others(backend: TritonBackend, op: str, spec: OpSpec) -> Callable[..., Any] | str:
+        return "left out" if op in ops else function(backend, op, spec)
+
+    TritonBackend.function = others  # type: ignore[method-assign]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="gpu_results", help="folder for results, which are added to what is there")
@@ -182,11 +197,14 @@ def main() -> None:
     parser.add_argument("--kv-cache", default="fp8", choices=("auto", "fp8", "int8"), help="of the offline part")
     parser.add_argument("--row-seconds", type=float, default=40, help="about how long a row of throughput may take")
     parser.add_argument("--seconds", type=float, default=540, help="after which no more rows are begun")
+    parser.add_argument("--without", default="", help="ops to leave to torch, where kernels are broken: add,experts")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU: does the script work?")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.parts.split(",") if name not in PARTS]
     if unknown:
         parser.error(f"--parts has {', '.join(unknown)}: the parts are {', '.join(PARTS)}")
+    if arguments.without:
+        leave_out(frozenset(arguments.without.split(",")))
     # Tracing kernels of CUDA graphs fails where the tracer is set up a second time.
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")

@@ -13,6 +13,7 @@
 #   beside         transformers on the same shape
 #   trace          kernels of decode steps, by torch's profiler
 #   ncu            the largest kernels, by NVIDIA's Nsight Compute, where it may read the hardware's counters
+# BENCH_ARGS are options of benchmarks/gpu_h200.py, such as "--without experts" where a kernel is broken.
 # Nothing is installed: PYTHON (python3) must have torch, triton and pytest. Where an error comes later than what made it,
 # CUDA_LAUNCH_BLOCKING=1 brings the two together.
 set -uo pipefail
@@ -31,7 +32,7 @@ export PYTHONPATH=src PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false TRITON_INT
 
 has() { "$python" -c "import $1" 2>/dev/null; }
 sees_gpu() { "$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no NVIDIA GPU here"'; }
-bench() { timeout 570 "$python" benchmarks/gpu_h200.py --out "$out" --seconds 500 "$@"; }
+bench() { timeout 570 "$python" benchmarks/gpu_h200.py --out "$out" --seconds 500 "$@" ${BENCH_ARGS:-}; }
 
 stage() {
   case $1 in

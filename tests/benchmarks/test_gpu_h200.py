@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import torch
 
 BENCHMARKS: Final = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_h200  # noqa: E402
 from gpu_parts import arithmetic, report, trace  # noqa: E402
 
 from puna.config.presets import PRESETS  # noqa: E402
+from puna.ops import OpSpec, ReferenceBackend, TritonBackend, choose  # noqa: E402
 
 LLAMA: Final = PRESETS["llama-3.1-8b"]
 # As an H200 was once seen to be; FP8 as GPU.md has it.
@@ -113,6 +116,16 @@ def test_page_tells_what_failed(tmp_path: Path) -> None:
     assert "128/128" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(ValueError, match="no row"):
         report.plot({}, tmp_path / "none.svg")
+
+
+def test_broken_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonBackend, "function", TritonBackend.function)
+    spec = OpSpec(device=torch.device("cpu"), dtype=torch.bfloat16, head_size=128, differentiable=False)
+    gpu_h200.leave_out(frozenset(["add", "rms_norm"]))
+    found = {one.op: one.backend for one in choose(spec, (TritonBackend(), ReferenceBackend()))[1]}
+    assert (found["add"], found["rms_norm"], found["add_rms_norm"]) == ("reference", "reference", "triton")
+    with pytest.raises(SystemExit, match="--without has matmul: the ops are"):
+        gpu_h200.leave_out(frozenset(["matmul"]))
 
 
 def test_every_part_runs_dry(tmp_path: Path) -> None:
