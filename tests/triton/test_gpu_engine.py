@@ -116,18 +116,18 @@ def test_kernels_that_overlap_say_the_same(
 ) -> None:
     """One sequence at a time, so that nothing else differs; in the interpreter, only that launchers can be told."""
     is_gpu = on_kernels.type == "cuda"
-    if not is_gpu and quantization != "int4":
-        pytest.skip("one format is enough in the interpreter")
+    if not is_gpu and quantization is not None:
+        pytest.skip("in the interpreter one format is enough, and float32 the fastest")
     if is_gpu and torch.cuda.get_device_capability(on_kernels) < (9, 0):
         pytest.skip("needs compute capability 9.0")
-    prompts = random_prompts(9, (5, 40, 300, 1) if is_gpu else (5,))
+    prompts = random_prompts(9, (5, 40, 300, 1) if is_gpu else (1,))
     params = [
         SamplingParams(temperature=0.9 * (i % 2), top_p=0.9, seed=i, max_tokens=100 if is_gpu else 2, ignore_eos=True)
         for i in range(len(prompts))
     ]
     options: dict[str, Any] = {"dtype": "bfloat16", "quantization": quantization, "max_num_seqs": 1}
     if not is_gpu:
-        options |= {"max_model_len": 32, "max_num_batched_tokens": 8}
+        options |= {"dtype": "float32", "max_model_len": 16, "max_num_batched_tokens": 2}
     told: list[dict[str, bool]] = []
     monkeypatch.setattr(triton_norm, "launch_options", lambda: told.append(launch_options()) or told[-1])
     usual = answers(folder, on_kernels, prompts, params, **options)
@@ -137,7 +137,9 @@ def test_kernels_that_overlap_say_the_same(
     assert answers(folder, on_kernels, prompts, params, overlap_kernels=True, **options) == usual
     # Not all: variants are timed without, and what stands for a graph's replay in the interpreter runs anywhere.
     assert any(told)
-    assert answers(folder, on_kernels, prompts, params, overlap_kernels=True, enforce_eager=True, **options) == usual
+    if is_gpu:
+        options["enforce_eager"] = True
+        assert answers(folder, on_kernels, prompts, params, overlap_kernels=True, **options) == usual
 
 
 def test_measurements_are_kept_where_the_engine_is_told(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import sass
-from puna.ops import triton_norm, triton_pointwise
+from puna.ops import triton_linear, triton_matrix, triton_norm, triton_pointwise
+from puna.ops.panels import PanelFormat, Panels
 from puna.ops.triton_device import multiprocessors
 from puna.ops.triton_overlap import bytes_ahead, launch_options
 from puna.ops.triton_tuning import Tuning
@@ -177,6 +178,32 @@ def test_machine_code_waits_first(case: str, compiled_for_hopper: Callable[..., 
         assert kernel.get("PREEXIT") == kernel.get("ACQBULK") == 1, kernel
         assert kernel["before_wait"] == [], kernel
         assert kernel["stack"] == kernel.get("LDL", 0) == kernel.get("STL", 0) == 0, kernel
+
+
+# ---- results
+
+
+def _products(device: torch.device) -> list[Callable[[], Tensor]]:
+    torch.manual_seed(5)
+    x = torch.randn(3, 256, device=device).bfloat16()
+    weight = torch.randn(64, 256, device=device).bfloat16()
+    form = PanelFormat(bits=4)
+    halves = torch.randint(0, 60, form.buffer_shape(64, 256), dtype=torch.uint8)  # whose scales are small numbers
+    panels = Panels(halves.to(device), form, 64, 256)
+    return [
+        lambda: triton_matrix.launch(x, weight, None, torch.bfloat16, triton_matrix.TILES["32x16"]).values,
+        lambda: triton_matrix.launch(x, weight, None, torch.bfloat16, triton_matrix.TILES["32x16"], "silu").values,
+        lambda: triton_linear.launch(x, panels, None, torch.bfloat16, triton_linear.TILES["8x64/8 pairs"]),
+        lambda: triton_norm.rms_norm(x, weight[0], 1e-5),
+    ]
+
+
+def test_results_are_the_same(device: torch.device) -> None:
+    """Of kernels that prefetch. The interpreter, which knows neither, is only told."""
+    for product in _products(device):
+        expected = product()
+        with Tuning(overlaps=device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)).used():
+            assert torch.equal(product(), expected)
 
 
 # ---- a GPU
