@@ -111,9 +111,9 @@ def _store_starts(starts, expert, start, pairs, EXPERTS: tl.constexpr):  # type:
 
 
 @triton.jit
-def sort_kernel(
+def sort_kernel(  # type: ignore[no-untyped-def]
     indices, order, starts, pairs, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr = False
-):  # type: ignore[no-untyped-def]
+):
     """A block for each expert, which finds its pairs in ascending order."""
     await_turn(OVERLAP)
     expert = tl.program_id(0)
@@ -132,9 +132,9 @@ def sort_kernel(
 
 
 @triton.jit
-def weighted_sum_kernel(
+def weighted_sum_kernel(  # type: ignore[no-untyped-def]
     x, weights, y, SIZE: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False
-):  # type: ignore[no-untyped-def]
+):
     """y[token] = the sum of x[token, place] * weights[token, place] in the order of places, in float32."""
     await_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)

@@ -80,9 +80,9 @@ def add_kernel(a, b, y, count, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = Fals
 
 
 @triton.jit
-def embedding_kernel(
+def embedding_kernel(  # type: ignore[no-untyped-def]
     ids, weight, y, vocabulary, weight_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr = False
-):  # type: ignore[no-untyped-def]
+):
     await_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

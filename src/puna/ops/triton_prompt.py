@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,8 @@ def run_variant(
     starts, counts = _on_device(lengths, query.device)
     if variant == "varlen":
         longest = max(lengths)
-        more = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _varlen_arguments() else {}
+        grouped = query.shape[1] != key.shape[1]
+        more: dict[str, Any] = {"enable_gqa": grouped} if "enable_gqa" in _varlen_arguments() else {}
         result = varlen.varlen_attn(
             query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **more
         )

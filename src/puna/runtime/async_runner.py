@@ -16,6 +16,7 @@ from torch import Tensor
 
 from puna.layers.pieces import torch_dtype
 from puna.models import LLaMAForCausalLM
+from puna.models.llama import LLaMADecoderLayer
 from puna.ops.triton_tuning import Tuning
 from puna.runtime.accelerator import Accelerator, Event, NotRecordable
 from puna.runtime.device_clock import DeviceClock
@@ -180,19 +181,23 @@ class AsyncModelRunner(ModelRunner):
     def tune_prompts(self) -> None:
         """Has attention of single long prompts measured: of powers of two, and of a token less, which libraries may
         take another way. The largest prefill alone would tell of its own length."""
-        config, attention = self.model.config, self.model.layers[0].attention
+        config, layer = self.model.config, self.model.layers[0]
+        assert isinstance(layer, LLaMADecoderLayer)
+        attention = layer.attention
         longest = min(self.buffers.max_tokens, self.buffers.max_length)
         if self._tuning.timer is None or longest < _LONG_PROMPT:
             return
         self._accelerator.use()
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         packed = torch.randn((longest, sum(heads), config.head_size), device=self._accelerator.device)
-        parts = packed.to(torch_dtype(config.dtype)).split(heads, dim=1)
+        parts = packed.to(torch_dtype(config.dtype)).split(heads, dim=1)  # type: ignore[no-untyped-call]
         with self._tuning.used():
             for power in range(_LONG_PROMPT.bit_length() - 1, longest.bit_length()):
                 for count in (1 << power, (1 << power) - 1):
-                    rows = [part[:count] for part in parts]
-                    attention.ops.prompt_attention(*rows, (count,), attention.scale, attention.sliding_window)
+                    query, key, value = (part[:count] for part in parts)
+                    attention.ops.prompt_attention(
+                        query, key, value, (count,), attention.scale, attention.sliding_window
+                    )
 
     def _dummy_row(self, length: int) -> StepRow:
         blocks = (DUMMY_BLOCK,) * -(-length // self.buffers.block_size)
