@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +128,22 @@ def test_broken_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None
     assert (found["add"], found["rms_norm"], found["add_rms_norm"]) == ("reference", "reference", "triton")
     with pytest.raises(SystemExit, match="--without has matmul: the ops are"):
         gpu_h200.leave_out(frozenset(["matmul"]))
+
+
+def test_stages_without_a_gpu_fail_and_say_so(tmp_path: Path) -> None:
+    script = BENCHMARKS.parent / "scripts" / "gpu_run.sh"
+    hidden = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "HOME": "/nowhere", "TMPDIR": str(tmp_path)}
+    command = [str(script), str(tmp_path / "out"), "test", "ncu", "nonsense"]
+    done = subprocess.run(command, env=os.environ | hidden, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("failed: test ncu nonsense\n")
+    for name, reason in (("test", "torch sees no NVIDIA GPU here"), ("nonsense", "there is no stage nonsense")):
+        assert reason in (tmp_path / "out" / f"{name}.log").read_text()
+    assert (tmp_path / "gpu_run_home").is_dir()
+    text = script.read_text()
+    stages = re.findall(r"^    ([a-z]+[-0-9]*)\)", text, re.MULTILINE)
+    told = re.findall(r"^#   ([a-z]+(?:-1)?)", text, re.MULTILINE)
+    assert [stage for stage in stages if stage not in ("offline-2", "offline-3")] == told
 
 
 def test_every_part_runs_dry(tmp_path: Path) -> None:
