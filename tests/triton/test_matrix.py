@@ -15,7 +15,7 @@ from puna.ops.triton_matrix import BLOCK_TILES, ROUNDING_TILES, TILES, USUAL_TIL
 from puna.ops.triton_pointwise import ACTIVATIONS
 
 # Of sums, relative to the sums of absolute products: float32's, and those of the tensor cores for FP8.
-EXACT = 1e-6
+EXACT = 3e-6
 FP8_ERROR = {"cpu": 1e-6, "cuda": 4e-3}
 # gate, its activation and the product are rounded to bfloat16, by 2^-9 each, up too.
 GATED_ERROR = 4.5 * 2**-9
@@ -161,6 +161,12 @@ def test_few_rows_get_a_tile_that_should_not_hold_up_the_memory(
     memory = outputs * row_bytes / (4.3e12 / 1.755e9)  # clocks to read the weight
     slower = 1.25 if blocks else 1.0
     assert triton_matrix.clocks(TILES[best], rows, outputs, row_bytes, blocks, 132) < slower * memory
+
+
+def test_one_wave_of_programs_is_better_than_two() -> None:
+    """Gate and up of an 8B model: 224 programs, three of which fit a multiprocessor, and not 448, of which two fit."""
+    assert triton_matrix.ranked_tiles(USUAL_TILES, 1, 28672, 8192, False, 132)[0] == "128x16"
+    assert triton_matrix.ranked_tiles(USUAL_TILES, 1, 4096, 8192, False, 132)[0] == "16x16"
 
 
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])

@@ -50,8 +50,10 @@ TILES: Final = MappingProxyType(
         "16x16": Tile(16, 16, 256, parts=4, stages=3),
         "32x16": Tile(32, 16, 256, parts=2),
         "64x16": Tile(64, 16, 256),
+        "128x16": Tile(128, 16, 128),
         "32x32": Tile(32, 32, 256, parts=2),
         "64x32": Tile(64, 32, 256),
+        "128x32": Tile(128, 32, 128),
         "32x64": Tile(32, 64, 256, parts=2),
         "64x64": Tile(64, 64, 256, stages=5),
         "128x64": Tile(128, 64, 128, stages=5),
@@ -77,8 +79,10 @@ _TOGETHER_BYTES: Final = 1 << 23
 
 # A multiprocessor of Hopper, by clock: bytes that it can load from the L2 cache, and bytes of a row that it multiplies
 # by another (989 TFLOP/s of bfloat16, or 1,979 of FP8, / 132 / 1.755 GHz / 2: 2,048 or 4,096 products); its shared
-# memory; and the clocks from an asynchronous load to its data where all multiprocessors load (about 1.1 us).
+# memory; the clocks from an asynchronous load to its data where all multiprocessors load (about 1.1 us); and its share
+# of what an H200's memory was seen to deliver (4.3 TB/s / 132 / 1.755 GHz).
 _BYTES_PER_CLOCK: Final = 64
+_MEMORY_BYTES_PER_CLOCK: Final = 18.6
 _PRODUCT_BYTES_PER_CLOCK: Final = 4096
 _SHARED_BYTES: Final = 227 * 1024
 _LATENCY: Final = 1900
@@ -93,10 +97,18 @@ _BY_BLOCK = tl.constexpr(2)
 def ranked_tiles(
     names: tuple[str, ...], rows: int, outputs: int, row_bytes: int, blocks: bool, processors: int
 ) -> tuple[str, ...]:
-    """Those of the tiles that should be the fastest for a product of this shape, the best one first."""
-    return tuple(sorted(names, key=lambda name: clocks(TILES[name], rows, outputs, row_bytes, blocks, processors)))[
-        :_MEASURED
-    ]
+    """Those of the tiles that should be the fastest for a product of this shape, the best one first.
+
+    Where the memory is the limit of several, the one is better whose programs need fewer waves: those of a wave end
+    at about the same time, and the memory idles until the loads of the next ones are on their way.
+    """
+
+    def expected(name: str) -> tuple[float, float]:
+        busy = clocks(TILES[name], rows, outputs, row_bytes, blocks, processors)
+        memory = outputs * row_bytes / processors / _MEMORY_BYTES_PER_CLOCK
+        return max(busy, memory) + _waves(TILES[name], rows, outputs, blocks, processors) * _LATENCY, busy
+
+    return tuple(sorted(names, key=expected)[:_MEASURED])
 
 
 def clocks(tile: Tile, rows: int, outputs: int, row_bytes: int, blocks: bool, processors: int) -> float:
@@ -107,11 +119,19 @@ def clocks(tile: Tile, rows: int, outputs: int, row_bytes: int, blocks: bool, pr
     mine = triton.cdiv(tiles, processors)
     loads = mine * (tile.outputs + tile.rows) * row_bytes / _BYTES_PER_CLOCK
     products = mine * tile.outputs * tile.rows * tile.parts * row_bytes / _PRODUCT_BYTES_PER_CLOCK
-    shared = stages * step * (tile.outputs + tile.rows) * tile.parts
-    waves = triton.cdiv(tiles, processors * max(1, _SHARED_BYTES // shared))
     steps = triton.cdiv(row_bytes, step * tile.parts)
-    longest: float = max(loads, products, waves * max(steps / (stages - 1), 1) * _LATENCY)
+    waits = _waves(tile, rows, outputs, blocks, processors) * max(steps / (stages - 1), 1) * _LATENCY
+    longest: float = max(loads, products, waits)
     return longest
+
+
+def _waves(tile: Tile, rows: int, outputs: int, blocks: bool, processors: int) -> int:
+    """How many programs follow each other in one place; as many are on a multiprocessor as its shared memory holds."""
+    step, stages = _pipeline(tile, blocks)
+    shared = stages * step * (tile.outputs + tile.rows) * tile.parts
+    tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
+    waves: int = triton.cdiv(tiles, processors * max(1, _SHARED_BYTES // shared))
+    return waves
 
 
 def _pipeline(tile: Tile, blocks: bool) -> tuple[int, int]:
