@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from puna.serving.errors import dumps
+from puna.serving.state import ServerSettings
 
 CHAT: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 TEXT: dict[str, Any] = {"model": "small", "prompt": "hi", "max_tokens": 1}
@@ -184,7 +185,9 @@ def test_what_contradicts_itself_is_no_failure_of_the_engine(
     for n in (1, 2):
         answer = server.http.post(path, json=body | {"n": n}, headers={"x-request-id": f"contradiction-{n}"})
         check(answer, 422, f"every token is ruled out by {name}")
-        assert answer.json()["error"]["code"] == "unenforceable_constraint"
+        error = answer.json()["error"]
+        guide = next((field for field in fields if field.startswith("guided")), None)
+        assert (error["code"], error["param"]) == ("unenforceable_constraint", guide)
     stream = server.http.post(path, json=body | {"stream": True})
     error, done = [line[6:] for line in stream.text.splitlines() if line.startswith("data: ")][-2:]
     assert json.loads(error)["error"]["code"] == "unenforceable_constraint"
@@ -225,6 +228,14 @@ def test_null_and_harmless_values_are_fine(server: Any) -> None:
         "suffix": None,
     }
     assert server.http.post("/v1/completions", json=body).status_code == 200
+
+
+def test_names_as_long_as_paths(serve: Any) -> None:
+    name = "/models" + "/folder" * 100
+    with serve() as running:
+        running.state.settings = ServerSettings(model_name=name)
+        assert running.http.post("/v1/completions", json=TEXT | {"model": name}).json()["model"] == name
+        assert running.client.models.retrieve(name).id == name
 
 
 def test_models_and_versions(server: Any) -> None:

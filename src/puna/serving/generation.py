@@ -121,11 +121,16 @@ class Generation:
     def _prompt_field(self) -> str:
         return "messages" if "messages" in type(self._request).model_fields else "prompt"
 
+    @property
+    def _constraint(self) -> str:
+        """The field that constrains the output, where one does."""
+        return next(iter(self._request.constraints), "tools")
+
     async def _compile(self) -> None:
         """Kept by the compiler, so that submit only looks it up."""
         if self._params.guided is None:
             return
-        field = next(iter(self._request.constraints), "tools")
+        field = self._constraint
         try:
             await asyncio.to_thread(self._engine.parts.grammars.compile, self._params.guided)
         except UnenforceableError as error:
@@ -173,7 +178,8 @@ class Generation:
         parts: list[Part] = []
         for index, delta in batch:
             if isinstance(delta.error, Unsatisfiable):
-                raise ApiError(422, str(delta.error), code=UNENFORCEABLE)
+                param = None if self._params.guided is None else self._constraint
+                raise ApiError(422, str(delta.error), param=param, code=UNENFORCEABLE)
             try:
                 self.outputs[index].add(delta)
             except RuntimeError:

@@ -20,6 +20,7 @@ MAX_TEMPLATE_CHARS: Final = 64 * 1024
 _GUIDES: Final = ("guided_json", "guided_regex", "guided_grammar", "guided_choice", "structured_outputs")
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+ModelName = Annotated[str, Field(min_length=1, max_length=4096)]  # may be the path of a folder
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -99,7 +100,7 @@ class StructuredOutputs(Strict):
 class EngineRequest(Strict):
     """What all requests to the model share. None means that the server's default holds."""
 
-    model: Name
+    model: ModelName
     user: Annotated[str, Field(max_length=1024)] | None = None  # a label: it holds without being looked at
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
@@ -474,7 +475,7 @@ class EmbeddingRequest(EngineRequest):
 class TokenizeRequest(Strict):
     """A prompt, or messages."""
 
-    model: Name | None = None
+    model: ModelName | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -492,5 +493,5 @@ class TokenizeRequest(Strict):
 
 
 class DetokenizeRequest(Strict):
-    model: Name | None = None
+    model: ModelName | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
