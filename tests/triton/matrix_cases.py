@@ -7,8 +7,9 @@ import torch
 from puna.ops.scaled import FP8, InputScaling, ScaledRows, ScaledWeight
 from puna.ops.triton_matrix import BLOCK_TILES, ROUNDING_TILES, TILES, USUAL_TILES, launch
 
-# What few rows of plain matrices take.
+# What few rows of plain matrices take, and the first choices for one row of an 8B model's layers.
 FEW = tuple(name for name in USUAL_TILES if TILES[name].rows <= 64)
+FIRST = ("16x16", "32x16", "128x16")
 STATIC = InputScaling(torch.empty(1))
 
 
@@ -26,10 +27,10 @@ def in_fp8(outputs: int, inputs: int, rows: int, blocks: bool = False) -> tuple[
 
 
 def plain_tiles() -> None:
-    """Every tile as the output projection, and one as lm_head, whose result is in float32."""
-    for name in FEW:
-        launch(*plain(4096, 4096, TILES[name].rows), None, torch.bfloat16, TILES[name])
-    launch(*plain(128256, 4096, 1), None, torch.float32, TILES["64x16"])
+    """The output projection, and lm_head, whose result is in float32."""
+    for name in FIRST:
+        launch(*plain(4096, 4096, 1), None, torch.bfloat16, TILES[name])
+    launch(*plain(128256, 4096, 1), None, torch.float32, TILES["128x16"])
 
 
 def gated_tiles() -> None:
@@ -40,10 +41,11 @@ def gated_tiles() -> None:
 def gated_fp8_tiles() -> None:
     """For a result in bfloat16, or rounded as the next layer wants it, with scales by row and by block."""
     for name in FEW:
-        launch(*in_fp8(28672, 4096, TILES[name].rows), None, torch.bfloat16, TILES[name], "silu")
+        if name in FIRST:
+            launch(*in_fp8(28672, 4096, 1), None, torch.bfloat16, TILES[name], "silu")
         if name in BLOCK_TILES:
             launch(*in_fp8(28672, 4096, TILES[name].rows, True), None, torch.bfloat16, TILES[name], "silu")
-    launch(*in_fp8(28672, 4096, 16), None, torch.bfloat16, TILES["64x16"], "silu", STATIC)
+    launch(*in_fp8(28672, 4096, 16), None, torch.bfloat16, TILES["128x16"], "silu", STATIC)
     for name in ROUNDING_TILES:
         x, weight = in_fp8(28672, 4096, TILES[name].rows, True)
         launch(x, weight, None, torch.bfloat16, TILES[name], "silu", InputScaling(blocks=True))
