@@ -15,6 +15,7 @@ from torch import Tensor
 
 from puna.ops.triton_device import multiprocessors
 from puna.ops.triton_overlap import await_turn, launch_options
+from puna.ops.triton_sizes import cdiv, power_of_two
 
 # Columns that a program looks at in one go: 16 numbers a thread in four loads of 16 bytes, 8 KB on their way per block;
 # Little's law asks for 20 to 30 KB a multiprocessor (4.3 TB/s x 0.8 us / 132), and eight blocks or more are resident.
@@ -74,14 +75,9 @@ def rows_of(logits: Tensor) -> Tensor:
 
 def split(rows: int, size: int, device: torch.device) -> tuple[int, int]:
     """Programs that a row is cut among, and tiles of TILE columns for each of them: none without one."""
-    tiles = triton.cdiv(size, TILE)
-    each = triton.cdiv(tiles, max(1, min(tiles, multiprocessors(device) * _PROGRAMS // rows)))
-    return triton.cdiv(tiles, each), each
-
-
-def power_of_two(count: int) -> int:
-    """The lowest power of two that is not below: the sizes that a kernel's arrays may have."""
-    return int(triton.next_power_of_2(count))
+    tiles = cdiv(size, TILE)
+    each = cdiv(tiles, max(1, min(tiles, multiprocessors(device) * _PROGRAMS // rows)))
+    return cdiv(tiles, each), each
 
 
 # What differs from one number of rows to the next is not compiled in: a kernel for all is enough.

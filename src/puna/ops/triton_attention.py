@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from puna.ops.triton_attention_kernel import attention_kernel, combine_kernel
 from puna.ops.triton_device import capability, multiprocessors
 from puna.ops.triton_overlap import launch_options
+from puna.ops.triton_sizes import power_of_two
 
 LOG2_E: Final = 1.4426950408889634
 # Keys after which the deterministic form starts new sums, which are then added up in order: of these runs several
@@ -108,7 +108,7 @@ def few_cut(group: int, head_size: int, itemsize: int) -> Cut:
     is busy, so 33 KB must be on their way at any time. Of `stages` tiles of keys and values one is worked on and the
     next stages - 2 are on their way: in bfloat16 32 KB for each of 3 programs that fit, in FP8 32 KB for each of 4.
     """
-    rows = max(16, triton.next_power_of_2(group))
+    rows = max(16, power_of_two(group))
     keys = 64 if head_size * itemsize <= 256 else 32 if head_size * itemsize <= 512 else 16
     return Cut(rows, keys, 4, 3 if itemsize > 1 else 4)
 
@@ -117,7 +117,7 @@ def many_cut(group: int, head_size: int, itemsize: int) -> Cut:
     """For prompts and their chunks: bound by tensor cores, which want groups of four warps with 64 rows each."""
     if itemsize == 4:  # three products for each: of the larger tiles' registers there are not enough
         return few_cut(group, head_size, itemsize)
-    return Cut(max(128, triton.next_power_of_2(group)), 64 if head_size <= 128 else 32, 8, 3)
+    return Cut(max(128, power_of_two(group)), 64 if head_size <= 128 else 32, 8, 3)
 
 
 def fixed_cut(group: int, head_size: int, itemsize: int) -> Cut:
@@ -125,7 +125,7 @@ def fixed_cut(group: int, head_size: int, itemsize: int) -> Cut:
     registers of four."""
     if itemsize == 4:
         return few_cut(group, head_size, itemsize)
-    return Cut(max(64, triton.next_power_of_2(group)), 32 if head_size > 128 or itemsize == 1 else 64, 8, 3)
+    return Cut(max(64, power_of_two(group)), 32 if head_size > 128 or itemsize == 1 else 64, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _attend(
             output,
             tokens,
             splits,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=power_of_two(splits),
             FIXED=fixed > 0,
             HEADS=heads,
             D=size,

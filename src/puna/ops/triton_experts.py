@@ -21,6 +21,7 @@ from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_panel_groups import multiply_panels
 from puna.ops.triton_pointwise import ACTIVATIONS, quantize_rows
 from puna.ops.triton_rounding import rounded
+from puna.ops.triton_sizes import cdiv, power_of_two
 
 # Experts whose addresses fit a kernel's arguments (4 KB) twice, with those of their scales.
 _MOST_EXPERTS: Final = 128
@@ -255,8 +256,8 @@ def _experts(
     in_panels = isinstance(proj[0], Panels)
     outputs = _multiply(inner, proj, groups, tiles[1], "", torch.float32 if in_panels else x.dtype)
     y = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
-    block = min(1024, triton.next_power_of_2(size))
-    weighted_sum_kernel[(tokens, triton.cdiv(size, block))](
+    block = min(1024, power_of_two(size))
+    weighted_sum_kernel[(tokens, cdiv(size, block))](
         outputs, weights, y, SIZE=size, TOP=experts_per_token, BLOCK=block, num_warps=4, **launch_options()
     )
     return y
@@ -293,8 +294,8 @@ def _route(logits: Tensor, top: int, dtype: torch.dtype, sort: bool) -> tuple[Te
     if not tokens:
         return weights, indices, groups
     at_once = sort and tokens <= _FEW_TOKENS
-    rows = triton.next_power_of_2(tokens) if at_once else 32
-    route_kernel[(experts if at_once else triton.cdiv(tokens, rows),)](
+    rows = power_of_two(tokens) if at_once else 32
+    route_kernel[(experts if at_once else cdiv(tokens, rows),)](
         logits,
         weights,
         indices,
@@ -303,9 +304,9 @@ def _route(logits: Tensor, top: int, dtype: torch.dtype, sort: bool) -> tuple[Te
         tokens,
         logits.stride(0),
         EXPERTS=experts,
-        EXPERTS_BLOCK=triton.next_power_of_2(experts),
+        EXPERTS_BLOCK=power_of_two(experts),
         TOP=top,
-        TOP_BLOCK=triton.next_power_of_2(top),
+        TOP_BLOCK=power_of_two(top),
         ROWS=rows,
         SORT=at_once,
         num_warps=4,

@@ -21,6 +21,7 @@ from puna.ops.scaled import SCALE_BLOCK, ScaledRows, ScaledWeight
 from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_pointwise import activate, gated
 from puna.ops.triton_rounding import INTERPRETED, rounded
+from puna.ops.triton_sizes import cdiv, power_of_two
 
 # Tiles of rows whose tokens stay in the L2 cache while the experts' weights stream by: 16 x 128 rows of 4096 bfloat16
 # are 16 MiB of its 50.
@@ -290,7 +291,7 @@ def multiply(
     y = torch.empty(pairs, outputs, dtype=dtype, device=values.device)
     row_tiles = most_tiles(pairs, groups.experts, tile.rows)
     step = SCALE_BLOCK if found.scale_mode == 2 else max(32, tile.bytes // values.element_size())
-    grouped_kernel[(row_tiles * triton.cdiv(outputs, tile.outputs),)](
+    grouped_kernel[(row_tiles * cdiv(outputs, tile.outputs),)](
         values,
         x.scales if isinstance(x, ScaledRows) else values,
         found.tensors,
@@ -303,7 +304,7 @@ def multiply(
         inputs,
         values.stride(0),
         EXPERTS=groups.experts,
-        EXPERTS_BLOCK=triton.next_power_of_2(groups.experts),
+        EXPERTS_BLOCK=power_of_two(groups.experts),
         TOP=groups.experts_per_token,
         ACTIVATION=activation,
         ROUND=found.form is None,

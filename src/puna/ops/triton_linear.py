@@ -25,6 +25,7 @@ from puna.ops.triton_overlap import await_turn, bytes_ahead, launch_options, pre
 from puna.ops.triton_panels import dequantize, panel_sums, tile_rows
 from puna.ops.triton_pointwise import activate, gated_activation
 from puna.ops.triton_rounding import rounded
+from puna.ops.triton_sizes import cdiv
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def launch(
     y = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
     count, blocks = panels.data.shape[0], -(-inputs // BLOCK)
     half = x.dtype == torch.float16
-    row_tiles, programs = triton.cdiv(flat.shape[0], tile.rows), triton.cdiv(count, tile.panels)
+    row_tiles, programs = cdiv(flat.shape[0], tile.rows), cdiv(count, tile.panels)
     if y.numel():
         ahead = bytes_ahead(panels.data, panels.data.nbytes // count, tile.panels, programs) if row_tiles == 1 else 0
         panel_kernel[(row_tiles, programs)](
@@ -317,7 +318,7 @@ def _default(choices: Mapping[int, Sequence[str]], rows: int, panels: Panels, de
     names = choices[_size(rows)]
     for name in names:
         tile = TILES[name]
-        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(panels.data.shape[0], tile.panels)
+        programs = cdiv(rows, tile.rows) * cdiv(panels.data.shape[0], tile.panels)
         if programs >= multiprocessors(device) * 3 // 4:
             return name
     return names[-1]

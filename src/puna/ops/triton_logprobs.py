@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puna.ops.triton_argmax import TILE, power_of_two, rows_of, split
+from puna.ops.triton_argmax import TILE, rows_of, split
 from puna.ops.triton_overlap import await_turn, launch_options
+from puna.ops.triton_sizes import cdiv, power_of_two
 
 _WARPS: Final = 4
 _INFINITY = tl.constexpr(float("inf"))
@@ -71,7 +72,7 @@ def _summary(logits: Tensor, token_ids: Tensor | None, k: int) -> tuple[Tensor, 
     ranks = torch.empty(rows, dtype=torch.int64, device=device)
     if rows > 0:
         splits, each = split(rows, size, device)
-        tiles = triton.cdiv(size, TILE)
+        tiles = cdiv(size, TILE)
         peaks, sums = (torch.empty((rows, tiles), dtype=torch.float32, device=device) for _ in range(2))
         places, above = (torch.empty((rows, tiles), dtype=torch.int32, device=device) for _ in range(2))
         _tiles_kernel[(rows * splits,)](

@@ -22,6 +22,7 @@ from puna.ops.triton_panels import computable
 from puna.ops.triton_pointwise import gated
 from puna.ops.triton_rounding import rounded
 from puna.ops.triton_rows import BY_ROW, DTYPES, Target, target_for, write_rows
+from puna.ops.triton_sizes import cdiv
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,11 @@ def clocks(tile: Tile, rows: int, outputs: int, row_bytes: int, blocks: bool, pr
     """How long the busiest multiprocessor has to load its tiles, to multiply them, or to wait for them; the longest of
     these. The memory's own time is the same for every tile."""
     step, stages = _pipeline(tile, blocks)
-    tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
-    mine = triton.cdiv(tiles, processors)
+    tiles = cdiv(outputs, tile.outputs) * cdiv(rows, tile.rows)
+    mine = cdiv(tiles, processors)
     loads = mine * (tile.outputs + tile.rows) * row_bytes / _BYTES_PER_CLOCK
     products = mine * tile.outputs * tile.rows * tile.parts * row_bytes / _PRODUCT_BYTES_PER_CLOCK
-    steps = triton.cdiv(row_bytes, step * tile.parts)
+    steps = cdiv(row_bytes, step * tile.parts)
     waits = _waves(tile, rows, outputs, blocks, processors) * max(steps / (stages - 1), 1) * _LATENCY
     longest: float = max(loads, products, waits)
     return longest
@@ -129,8 +130,8 @@ def _waves(tile: Tile, rows: int, outputs: int, blocks: bool, processors: int) -
     """How many programs follow each other in one place; as many are on a multiprocessor as its shared memory holds."""
     step, stages = _pipeline(tile, blocks)
     shared = stages * step * (tile.outputs + tile.rows) * tile.parts
-    tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(rows, tile.rows)
-    waves: int = triton.cdiv(tiles, processors * max(1, _SHARED_BYTES // shared))
+    tiles = cdiv(outputs, tile.outputs) * cdiv(rows, tile.rows)
+    waves: int = cdiv(tiles, processors * max(1, _SHARED_BYTES // shared))
     return waves
 
 
@@ -171,15 +172,15 @@ def launch(
     scale_blocks = x_scales.shape[-1]
     step, stages = _pipeline(tile, scales == _BY_BLOCK.value)
     step //= flat.element_size()
-    span = triton.cdiv(triton.cdiv(inputs, tile.parts), step) * step
+    span = cdiv(cdiv(inputs, tile.parts), step) * step
     ahead = 0
     if rows <= tile.rows <= 64 and inputs == span * tile.parts:
         lines = tile.outputs * tile.parts
-        ahead = bytes_ahead(matrix, span * flat.element_size(), lines, triton.cdiv(columns, own))
-    scales_of_line = triton.cdiv(inputs, SCALE_BLOCK) if scales == _BY_BLOCK.value else columns
+        ahead = bytes_ahead(matrix, span * flat.element_size(), lines, cdiv(columns, own))
+    scales_of_line = cdiv(inputs, SCALE_BLOCK) if scales == _BY_BLOCK.value else columns
     has_scales = scales != _NONE.value and weight_scales.numel() > 1
     if target.values.numel():
-        _matrix_kernel[(triton.cdiv(columns, own) * triton.cdiv(rows, tile.rows),)](
+        _matrix_kernel[(cdiv(columns, own) * cdiv(rows, tile.rows),)](
             target.values,
             target.scales,
             target.static,

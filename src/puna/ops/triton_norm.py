@@ -12,6 +12,7 @@ from puna.ops.triton_device import multiprocessors
 from puna.ops.triton_overlap import await_turn, bytes_ahead, launch_options, prefetch
 from puna.ops.triton_rounding import rounded
 from puna.ops.triton_rows import DTYPES, Rows, Target, row_starts, rows_of, target_for, write_rows
+from puna.ops.triton_sizes import cdiv, power_of_two
 
 # The registers of a block hold a row: 1024 threads with 64 numbers each.
 LONGEST_ROW = 65536
@@ -103,9 +104,9 @@ def _norm(
     if rows.count:
         # A fixed shape for each size, so that a row's result does not depend on how many there are. Heads are so short
         # that several go together: 1024 numbers, 8 a thread, which are one load of 16 bytes.
-        block = max(triton.next_power_of_2(size), 128)
+        block = max(power_of_two(size), 128)
         together = max(1, 1024 // block)
-        programs = triton.cdiv(rows.count, together)
+        programs = cdiv(rows.count, together)
         few = programs <= multiprocessors(x.device)
         rms_norm_kernel[(programs,)](
             rows.data,

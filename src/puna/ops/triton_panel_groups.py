@@ -20,6 +20,7 @@ from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_panels import panel_sums, tile_rows
 from puna.ops.triton_pointwise import activate
 from puna.ops.triton_rounding import rounded
+from puna.ops.triton_sizes import cdiv, power_of_two
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def multiply_panels(
     y = torch.empty(pairs, columns, dtype=dtype, device=x.device)
     count = first.data.shape[0]
     half = x.dtype == torch.float16
-    grid = (most_tiles(pairs, groups.experts, tile.rows), triton.cdiv(count, tile.panels))
+    grid = (most_tiles(pairs, groups.experts, tile.rows), cdiv(count, tile.panels))
     panel_groups_kernel[grid](
         x,
         panel_words(weights),
@@ -127,7 +128,7 @@ def multiply_panels(
         columns // LANES if activation else tile.beside,
         0x64006400 if half else 0x43004300,
         EXPERTS=groups.experts,
-        EXPERTS_BLOCK=triton.next_power_of_2(groups.experts),
+        EXPERTS_BLOCK=power_of_two(groups.experts),
         TOP=groups.experts_per_token,
         ACTIVATION=activation,
         BITS=form.bits,

@@ -15,6 +15,7 @@ from puna.ops import reference
 from puna.ops.panels import BLOCK, Panels
 from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_rounding import INTERPRETED, rounded
+from puna.ops.triton_sizes import cdiv
 
 
 @triton.jit
@@ -266,7 +267,7 @@ def _launch(panels: Panels, y: Tensor, ids: Tensor | None, first: int, rows: int
     form, count = panels.format, y.numel() // panels.inputs
     if not count:
         return
-    rows_kernel[(triton.cdiv(count, rows), triton.cdiv(panels.inputs, inputs))](
+    rows_kernel[(cdiv(count, rows), cdiv(panels.inputs, inputs))](
         panels.data.view(torch.int32),
         y if ids is None else ids,
         y,

@@ -12,6 +12,7 @@ from puna.ops.triton_norm import LONGEST_ROW, row_warps
 from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_rounding import rounded
 from puna.ops.triton_rows import BY_ROW, Target, row_starts, rows_of, target_for, write_rows
+from puna.ops.triton_sizes import cdiv, power_of_two
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 # Numbers a block where rows can be cut: 128 threads with 8 each, one load of 16 bytes. An H200 needs 37 KB on their way
@@ -111,7 +112,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.contiguous(), b.contiguous()
     y = torch.empty_like(a)
     if a.numel():
-        add_kernel[(triton.cdiv(a.numel(), _BLOCK),)](a, b, y, a.numel(), BLOCK=_BLOCK, num_warps=4, **launch_options())
+        add_kernel[(cdiv(a.numel(), _BLOCK),)](a, b, y, a.numel(), BLOCK=_BLOCK, num_warps=4, **launch_options())
     return y
 
 
@@ -122,8 +123,8 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     if weight.stride(-1) != 1 and size > 1:
         weight = weight.contiguous()
     if y.numel():
-        block = min(triton.next_power_of_2(size), _BLOCK)
-        embedding_kernel[(token_ids.numel(), triton.cdiv(size, block))](
+        block = min(power_of_two(size), _BLOCK)
+        embedding_kernel[(token_ids.numel(), cdiv(size, block))](
             token_ids.contiguous(),
             weight,
             y,
@@ -155,9 +156,9 @@ def _launch_rows(x: Tensor, size: int, activation: str, scaling: InputScaling | 
         # A row's highest value must be known before the first number is written: a block holds a whole row.
         if size > LONGEST_ROW:
             raise ValueError(f"rows of {size} numbers are more than the {LONGEST_ROW} that a block holds")
-        block = max(triton.next_power_of_2(size), 128)
+        block = max(power_of_two(size), 128)
         warps = row_warps(block)
-    rows_kernel[(rows.count, triton.cdiv(size, block))](
+    rows_kernel[(rows.count, cdiv(size, block))](
         rows.data,
         target.values,
         target.scales,

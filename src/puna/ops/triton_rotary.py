@@ -17,6 +17,7 @@ from puna.ops.scaled import FP8
 from puna.ops.triton_overlap import await_turn, launch_options
 from puna.ops.triton_rounding import highest, nearest_integer, rounded
 from puna.ops.triton_rows import rows_of
+from puna.ops.triton_sizes import cdiv, power_of_two
 
 # Numbers of each half of the heads that a block rotates: 128 threads with 4 of both.
 _NUMBERS = 512
@@ -187,7 +188,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if flat.stride(-1) != 1 and size > 1:
         flat = flat.contiguous()
     together, block = _head_shape(size)
-    rotary_kernel[(tokens, triton.cdiv(heads, together))](
+    rotary_kernel[(tokens, cdiv(heads, together))](
         flat,
         cos,
         sin,
@@ -228,8 +229,8 @@ def rotate_and_store(
         return query, key
     cos, sin = (rows_of(angles) for angles in cos_sin)
     together, block = _head_shape(size)
-    query_programs = triton.cdiv(heads, together)
-    rotate_and_store_kernel[(tokens, query_programs + triton.cdiv(kv_heads, together))](
+    query_programs = cdiv(heads, together)
+    rotate_and_store_kernel[(tokens, query_programs + cdiv(kv_heads, together))](
         query,
         key,
         value,
@@ -263,7 +264,7 @@ def rotate_and_store(
 
 def _head_shape(size: int) -> tuple[int, int]:
     """Heads that a block takes, and the length of their halves rounded up."""
-    block = triton.next_power_of_2(size // 2)
+    block = power_of_two(size // 2)
     return max(1, _NUMBERS // block), block
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from puna.ops.scaled import FP8, SCALE_BLOCK, InputScaling, ScaledRows
 from puna.ops.triton_rounding import highest, rounded
+from puna.ops.triton_sizes import cdiv
 
 DTYPES: Final = MappingProxyType(
     {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, FP8: tl.float8e4nv}
@@ -76,7 +77,7 @@ def target_for(shape: torch.Size, dtype: torch.dtype, device: torch.device, scal
         return Target(values, values, values, PLAIN.value, dtype)
     if scaling.static is not None:
         return Target(values, scaling.static, scaling.static, STATIC.value, dtype)
-    width = triton.cdiv(shape[-1], SCALE_BLOCK) if scaling.blocks else 1
+    width = cdiv(shape[-1], SCALE_BLOCK) if scaling.blocks else 1
     scales = torch.empty((*shape[:-1], width), dtype=torch.float32, device=device)
     return Target(values, scales, scales, BY_BLOCK.value if scaling.blocks else BY_ROW.value, dtype)
 

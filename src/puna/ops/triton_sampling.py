@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from puna.ops.triton_argmax import TILE, WARPS, argmax, power_of_two, rows_of, split
+from puna.ops.triton_argmax import TILE, WARPS, argmax, rows_of, split
 from puna.ops.triton_cut import cut
 from puna.ops.triton_overlap import await_turn, launch_options
+from puna.ops.triton_sizes import cdiv, power_of_two
 from puna.ops.triton_weights import exp, is_drawn, scale, weight_of
 
 _INFINITY = tl.constexpr(float("inf"))
@@ -58,7 +59,7 @@ def draw(
     least = last_id = None
     if top_k is not None or top_p is not None:
         least, last_id = cut(logits, highest, temperature, top_k, top_p)
-    tiles = triton.cdiv(size, TILE)
+    tiles = cdiv(size, TILE)
     sums = torch.empty((rows, tiles), dtype=torch.int64, device=device)
     _sums_kernel[(rows * splits,)](
         logits, stride, size, highest, temperature, least, last_id, min_p, sums, tiles, splits, each,
@@ -84,7 +85,7 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     found = torch.empty(seeds.shape, dtype=torch.float64, device=seeds.device)
     if len(seeds) > 0:
         block = 128
-        grid = (triton.cdiv(len(seeds), block),)
+        grid = (cdiv(len(seeds), block),)
         _uniforms_kernel[grid](
             seeds.contiguous(), positions.contiguous(), found, len(seeds), BLOCK=block, num_warps=4, **launch_options()
         )
