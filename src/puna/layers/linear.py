@@ -107,7 +107,8 @@ class _Linear(PiecewiseModule):
         self.parts = tuple(parts)
 
     def _weights(self, part: _Part) -> dict[str, nn.Parameter]:
-        return {own: self.get_parameter(name) for own, name in part.names.items()}
+        # Not get_parameter, which takes names apart for 3 us: there are hundreds in a step.
+        return {own: getattr(self, name) for own, name in part.names.items()}
 
     def panels(self) -> Panels | None:
         """The weight as compiled kernels take it, where it is in one format that is in panels, and there is no bias."""
