@@ -16,6 +16,7 @@ from puna.config import LLaMAConfig
 from puna.distributed import NullCommunicator
 from puna.models import LLaMAForCausalLM
 from puna.ops import triton_tuning
+from puna.runtime import async_runner
 from puna.runtime.async_runner import AsyncModelRunner, PendingStep
 from puna.runtime.device_clock import DeviceClock
 from puna.runtime.kv_pool import KVPool
@@ -163,11 +164,12 @@ def random_request(rng: random.Random) -> tuple[list[int], SamplingParams, dict[
 @pytest.mark.parametrize("runs_freely", [True, False])
 @pytest.mark.parametrize("seed", range(6))
 def test_random_requests_get_the_tokens_of_the_synchronous_path(
-    model: LLaMAForCausalLM, seed: int, runs_freely: bool
+    model: LLaMAForCausalLM, seed: int, runs_freely: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many at once on few blocks, some cancelled on the way, all compared with runs of their own. The device does its
     work as late as it can, or now and then some of it in between."""
     rng = random.Random(seed)
+    monkeypatch.setattr(async_runner, "_UNCAPTURED_STEPS", seed % 2)
     accelerator = FakeAccelerator()
     runner = asynchronous(model, accelerator, use_buckets=seed % 3 != 0)
     run = Run(runner, budget=rng.choice((12, 30, 64)), num_blocks=rng.choice((34, 40)))
@@ -205,6 +207,38 @@ def test_random_requests_get_the_tokens_of_the_synchronous_path(
             for key, values in found.items():
                 assert key < 0 or "pooling" in fields or values == expected[key][: len(values)]
     assert run.errors == {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prompts_in_captured_steps(model: LLaMAForCausalLM, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that the device ends by itself, some of long prompts in pieces: nearly all steps are replays."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(async_runner, "_UNCAPTURED_STEPS", seed % 2)
+    accelerator = FakeAccelerator()
+    runner = asynchronous(model, accelerator)
+    run = Run(runner, budget=rng.choice((24, 40, 64)))
+    requests = {}
+    for i in range(40):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 2, 5, 18, 50)))]
+        params = SamplingParams(temperature=rng.choice((0.0, 0.8)), top_k=9, max_tokens=rng.randrange(1, 12))
+        requests[str(i)] = prompt, params
+    waiting = list(requests.items())
+
+    def before_plan() -> bool:
+        if waiting and rng.random() < 0.6:
+            name, (prompt, params) = waiting.pop()
+            run.add(name, prompt, params, seed=int(name))
+        return bool(waiting)
+
+    run.before_plan = before_plan
+    run.finish()
+    for name, (prompt, params) in requests.items():
+        assert run.found[name] == Run(synchronous(model)).add(name, prompt, params, seed=int(name)).finish().found[name]
+    mixed = {bucket for bucket in runner._captured if bucket.is_mixed}
+    assert len(mixed) > 4
+    assert {bucket.ending for bucket in mixed} == {"greedy", "drawn"}
+    replays = sum(graph.num_replays for graph in accelerator.graphs)
+    assert replays > run.num_plans * (0.85 if seed % 2 == 0 else 0.6)
 
 
 def begin(runner: AsyncModelRunner, params: dict[int, SamplingParams]) -> PendingStep:
@@ -317,18 +351,39 @@ def test_everything_is_captured_at_the_start_the_largest_first(model: LLaMAForCa
     accelerator = FakeAccelerator()
     runner = asynchronous(model, accelerator)
     runner.capture_steps(1)
-    assert list(runner._captured) == [(runner.buffers.max_rows, runner.buffers.max_blocks, "drawn")]
+    width = runner.buffers.max_blocks
+    assert list(runner._captured) == [(64, MAX_ROWS + 1, width, "drawn"), (MAX_ROWS, MAX_ROWS, width, "drawn")]
     runner.capture_steps()
     assert len(runner._captured) == len(accelerator.graphs)
-    buckets = [key[0] for key in runner._captured]
+    buckets = [key.tokens for key in runner._captured]
     assert buckets == sorted(buckets, reverse=True)
-    assert {key[2] for key in runner._captured} == {"greedy", "drawn"}
+    assert {key.ending for key in runner._captured} == {"greedy", "drawn"}
     before = len(accelerator.graphs)
-    assert [graph.num_replays for graph in accelerator.graphs] == [2] + [1] * (before - 1)
+    assert [graph.num_replays for graph in accelerator.graphs] == [2, 2] + [1] * (before - 2)
     begin(runner, {0: GREEDY, 1: GREEDY, 2: GREEDY}).result()
     go_on(runner, 1, 0, 1, 2).result()
     assert len(accelerator.graphs) == before
-    assert sum(graph.num_replays for graph in accelerator.graphs) == before + 3
+    assert sum(graph.num_replays for graph in accelerator.graphs) == before + 4
+
+
+def test_steps_with_prompts_are_captured_when_their_size_has_come_twice(model: LLaMAForCausalLM) -> None:
+    accelerator = FakeAccelerator()
+    runner = asynchronous(model, accelerator)
+    new = NewSequence(0, tuple(range(3, 12)), GREEDY, 0, frozenset())
+    prompt = StepRow(0, 0, tuple(range(3, 12)), ((1, 2, 3),), 9, (0,))
+    others = tuple(StepRow(i, 0, (5,) * (3 + i), ((3 * i + 1, 3 * i + 2),), 3 + i, (i,)) for i in (1, 2))
+    for i in (1, 2):
+        runner.sampler.add(NewSequence(i, (5,) * (3 + i), GREEDY, i, frozenset()))
+    expected = runner.launch(StepPlan((prompt, *others), new_sequences=(new,))).result().tokens
+    found = [runner.launch(StepPlan((prompt, *others))).result().tokens for _ in range(3)]
+    assert found == [expected] * 3
+    (bucket,) = runner._captured  # 18 tokens and a row more, padded to 32 and to 4
+    assert bucket == (32, 4, runner.buffers.max_blocks, "greedy")
+    assert accelerator.graphs[0].num_replays == 2  # of the fourth step, and of the third behind its capture
+    whole = StepRow(0, 0, (5,) * 60, (tuple(range(1, 17)),), 60, (0,))
+    for _ in range(4):  # with what padding adds, 65 tokens and more: no step may have so many
+        runner.launch(StepPlan((whole, *others)))
+    assert len(accelerator.graphs) == 1
 
 
 def test_attention_of_long_prompts_is_measured_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,18 +424,19 @@ def test_what_can_not_be_captured_runs_eagerly_and_says_so(
     alone = Run(synchronous(model)).add("alone", [5], GREEDY).finish()
     assert found == alone.found["alone"][0][:6]
     assert [record.message for record in caplog.records].count(
-        "decode steps are not captured, which costs time: an op waits for the device"
+        "steps are not captured, which costs time: an op waits for the device"
     ) == 1
 
 
 def test_the_largest_steps_have_all_tokens_and_rows(model: LLaMAForCausalLM) -> None:
     runner = asynchronous(model, FakeAccelerator())
-    prefill, decode = runner.largest_prefill(), runner.largest_decode()
+    prefill, decode, mixed = runner.largest_prefill(), runner.largest_decode(), runner.largest_mixed()
     assert (prefill.num_tokens, len(prefill.rows)) == (64, MAX_ROWS)
     assert (decode.num_tokens, len(decode.rows)) == (MAX_ROWS, MAX_ROWS)
+    assert (mixed.num_tokens, len(mixed.rows)) == (63, MAX_ROWS)
     for cache in (*runner.pool.key_caches, *runner.pool.value_caches):
         cache[1:] = 7.0
-    for plan in (prefill, decode, *runner.small_steps()):
+    for plan in (prefill, decode, mixed, *runner.small_steps()):
         runner.rehearse(plan)
     for cache in (*runner.pool.key_caches, *runner.pool.value_caches):
         assert bool((cache[1:] == 7.0).all())  # and touch no block but the dummy

@@ -14,7 +14,7 @@ from torch import Tensor
 from fake_accelerator import FakeAccelerator
 from puna.runtime.block_tables import BlockTables
 from puna.runtime.step_buffers import StepBuffers, StepInputs
-from puna.runtime.step_graph import bucket_for, bucket_sizes, table_widths
+from puna.runtime.step_graph import bucket_for, bucket_sizes, padded_mixed, table_widths
 from puna.scheduling.step_plan import PENDING_TOKEN, StepPlan, StepRow
 
 SIZE = 4
@@ -111,6 +111,44 @@ def test_rows_are_padded_to_a_bucket_in_the_dummy_block() -> None:
     assert found["block_tables"][2:] == [[0] * 5, [0] * 5]
     assert [len(table) for table in found["block_tables"]] == [5] * 4  # the same shapes whatever the lengths
     assert found["logits_ids"] == [0, 1, 2, 3]  # as many whatever the plan wants
+
+
+def test_a_step_with_prompts_is_padded_to_tokens_and_rows() -> None:
+    prompt = row(3, 0, (60, 61, 62), (4,), sampled_ids=(3,))
+    decode = row(2, 8, (PENDING_TOKEN,), (1, 2, 3), sampled_ids=(2,))
+    it = buffers()
+    it.fill(MIXED, {2: 77}.__getitem__)  # what it leaves behind must not show
+    found = numbers(it.fill(plan_of(prompt, decode), {2: 77}.__getitem__, num_rows=5, num_tokens=10))
+    assert found["input_ids"] == [60, 61, 62, 77] + [0] * 6
+    assert found["position_ids"] == [0, 1, 2, 8] + [0] * 6
+    assert found["slot_mapping"] == [16, 17, 18, 3 * 4] + [0] * 6
+    assert found["query_starts"] == [0, 3, 4, 5, 6, 10]  # the last row takes the rest
+    assert found["sequence_lengths"] == [3, 9, 1, 1, 4]
+    assert found["rotary_lengths"][4:] == [1] * 6
+    assert found["block_tables"][2:] == [[0] * 5] * 3
+    assert found["logits_ids"][:2] == [2, 3]
+    assert len(found["logits_ids"]) == 5
+    # All rows that there may be, and the one that padding takes.
+    rows = [row(i, 0, (60 + i,) * (1 + (i == 0)), (1 + i,), sampled_ids=(i,)) for i in range(6)]
+    found = numbers(buffers().fill(plan_of(*rows), num_rows=7, num_tokens=16))
+    assert found["query_starts"] == [0, 2, 3, 4, 5, 6, 7, 16]
+    assert len(found["logits_ids"]) == 6  # no more than tokens are kept of
+
+
+def test_sizes_of_padded_steps() -> None:
+    for num_rows in (1, 2, 3, 7, 8, 30, 100, 511, 1000, 1023, 1024):
+        sizes = set()
+        for num_tokens in range(num_rows + 1, 2049):
+            size = padded_mixed(num_tokens, num_rows, 1024, 2048)
+            if size is None:
+                assert num_tokens + num_rows // 8 + 16 > 2048 - 128
+                continue
+            tokens, rows = size
+            assert num_rows < rows <= min(1025, max(num_rows + 4, num_rows * 9 // 8 + 1))
+            added = tokens - num_tokens
+            assert rows - num_rows <= added <= max(20, (num_tokens + rows - num_rows) // 8) + rows - num_rows
+            sizes.add(size)
+        assert len(sizes) <= 60
 
 
 def test_a_padded_step_has_a_row_of_logits_for_every_row() -> None:

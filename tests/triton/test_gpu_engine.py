@@ -6,6 +6,7 @@ nothing, and that deterministic mode keeps every bit.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ from puna.models.loading import save_model
 from puna.ops import ReferenceBackend, TritonBackend, triton_norm
 from puna.ops.triton_overlap import launch_options
 from puna.ops.triton_tuning import Tuning
+from puna.runtime import async_runner
 from puna.runtime.async_runner import AsyncModelRunner
 from puna.runtime.cuda import CudaAccelerator, usable_device
 from puna.runtime.step_graph import CudaStepGraph
@@ -212,6 +214,22 @@ def test_captured_steps_in_flight_say_what_eager_ones_say(folder: Path, device: 
     prompts, params = mixed_requests(2, 20)
     options: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 8, "max_num_batched_tokens": 96}
     found = answers(folder, device, prompts, params, capture=capture, **options)
+    expected = answers(folder, device, prompts, params, enforce_eager=True, **options)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+
+
+@needs_gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_captured_steps_with_prompts_say_what_eager_ones_say(
+    folder: Path, device: torch.device, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that the GPU ends by itself, so that nearly all steps are captured, from the first of their size on."""
+    monkeypatch.setattr(async_runner, "_UNCAPTURED_STEPS", 0)
+    prompts, params = mixed_requests(6, 60)
+    params = [dataclasses.replace(one, repetition_penalty=1.0, logprobs=None) for one in params]
+    options: dict[str, Any] = {"dtype": "bfloat16" if deterministic else "float32", "deterministic": deterministic}
+    options |= {"max_num_seqs": 8, "max_num_batched_tokens": 128}
+    found = answers(folder, device, prompts, params, **options)
     expected = answers(folder, device, prompts, params, enforce_eager=True, **options)
     assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
 

@@ -81,15 +81,16 @@ class Placement:
         assert self.accelerator is not None
         self.accelerator.release_cached()
         before = self.accelerator.memory()
-        workspace = 0
-        # Captured steps have memory of their own.
-        for plan in (runner.largest_prefill(), runner.largest_decode()):
+        peaks = []
+        for plan in (runner.largest_prefill(), runner.largest_decode(), runner.largest_mixed()):
             runner.rehearse(plan, tune=True)  # measuring kernels takes memory of its own
             self.accelerator.release_cached()
             self.accelerator.reset_peak()
             runner.rehearse(plan)
-            workspace += self.accelerator.memory().peak - before.allocated
+            peaks.append(self.accelerator.memory().peak - before.allocated)
             self.accelerator.release_cached()
+        # Captured steps have memory of their own, all of them the same.
+        workspace = peaks[0] + max(peaks[1:])
         for plan in runner.small_steps():
             runner.rehearse(plan)
         if not self.config.deterministic:

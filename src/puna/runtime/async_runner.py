@@ -7,8 +7,9 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from puna.models.llama import LLaMADecoderLayer
 from puna.ops.triton_tuning import Tuning
 from puna.runtime.accelerator import Accelerator, Event, NotRecordable
 from puna.runtime.device_clock import DeviceClock
-from puna.runtime.device_sampling import PlainBatches, PlainRows, choose
+from puna.runtime.device_sampling import Columns, PlainBatches, PlainRows, choose
 from puna.runtime.kv_pool import KVPool
 from puna.runtime.model_runner import ModelRunner
 from puna.runtime.sampler import Sampler
 from puna.runtime.step_buffers import StepBuffers, StepInputs
-from puna.runtime.step_graph import CudaStepGraph, bucket_for, table_widths
+from puna.runtime.step_graph import CudaStepGraph, bucket_for, padded_mixed, table_widths
 from puna.runtime.tracing import Tracer
 from puna.scheduling.block_allocator import DUMMY_BLOCK
 from puna.scheduling.step_plan import StepPlan, StepResult, StepRow
@@ -35,8 +36,27 @@ _Ending = Literal["greedy", "drawn", "hidden"]
 _log = logging.getLogger(__name__)
 _NOTHING: Final = StepResult((), {}, {}, {})
 _LONG_PROMPT: Final = 1024
+# Tokens up to which steps with prompts are captured: of an 8B model in FP8 an H200 multiplies as many in the time that
+# the host needs to launch a step of 32 layers kernel by kernel (docs/gpu.md). Beyond it, padding would save nothing.
+_CAPTURED_TOKENS: Final = 2048
+# Capturing takes as long as several steps: a size must have come that often before, and only so many ever are captured.
+_UNCAPTURED_STEPS: Final = 2
+_MOST_MIXED: Final = 128
 # Steps whose tokens the host may not have read: the one that runs, the one behind it, and one that is being read.
 _OUTCOMES: Final = 3
+
+
+class _Bucket(NamedTuple):
+    """What captured steps are told apart by: tokens, rows, the width of block tables, and how they end."""
+
+    tokens: int
+    rows: int
+    width: int
+    ending: _Ending
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.tokens > self.rows
 
 
 class PendingStep:
@@ -104,7 +124,10 @@ class AsyncModelRunner(ModelRunner):
         self._accelerator = accelerator
         self._widths = table_widths(buffers.max_blocks, buffers.block_size)
         self._plain = PlainBatches(sampler)
-        self._captured: dict[tuple[int, int, _Ending], CudaStepGraph] = {}
+        self._captured: dict[_Bucket, CudaStepGraph] = {}
+        self._times: Counter[_Bucket] = Counter()  # that steps with prompts came and were not captured
+        most = min(_CAPTURED_TOKENS, buffers.max_tokens)
+        self._most_tokens = most - most % 16
         self._outcomes = [_Outcome(buffers, accelerator) for _ in range(_OUTCOMES)]
         self._latest: PendingStep | None = None
         self._places: dict[int, int] = {}  # in `chosen`, of the sequences that the latest step chose for
@@ -133,30 +156,48 @@ class AsyncModelRunner(ModelRunner):
         return self._launch_plain(plan, plain, began)
 
     def capture_steps(self, count: int | None = None) -> None:
-        """Captures `count` of the steps that devices end by themselves, or those of every bucket: the largest first, in
-        whose memory all others find room, whenever they are captured. In the other order each would need some more."""
+        """Captures the largest step with prompts, then `count` of those in which every row has one token, or all.
+
+        The largest come first, in whose memory all others find room, whenever they are captured: in the other order
+        each would need some more.
+        """
+        if not self._buckets:
+            return
         endings: tuple[_Ending, ...] = ("drawn", "greedy")
-        plan, columns = StepPlan((self._dummy_row(1),)), {"temperature": np.zeros(1, dtype=np.float32)}
+        one = StepPlan((self._dummy_row(1),))
+        steps = [
+            (one, _Bucket(rows, rows, width, ending))
+            for rows, width, ending in itertools.product(self._buckets[::-1], self._widths[::-1], endings)
+        ][:count]
+        largest = self.largest_mixed()
+        mixed = padded_mixed(largest.num_tokens, len(largest.rows), self.buffers.max_rows, self._most_tokens)
+        if mixed is not None and self._has_room(largest, mixed[0], self._widths[-1]):
+            steps.insert(0, (largest, _Bucket(*mixed, self._widths[-1], "drawn")))
         with torch.inference_mode():
             self._accelerator.use()
-            steps = itertools.product(self._buckets[::-1], self._widths[::-1], endings)
-            for bucket, width, ending in itertools.islice(steps, count):
+            for plan, bucket in steps:
                 if self._buckets:  # else something can't be captured
-                    inputs = self.buffers.fill(plan, num_rows=bucket, width=width, draws=columns)
-                    self._run_bucket(ending, bucket, width, inputs)
+                    draws = {"temperature": np.zeros(len(plan.rows), dtype=np.float32)}
+                    self._run_bucket(bucket.ending, bucket, self._fill_bucket(plan, bucket, draws))
 
     def largest_prefill(self) -> StepPlan:
         """As many tokens and as many rows as a step can have, all in the dummy block and all chosen for."""
-        count, longest = self.buffers.max_rows, self.buffers.max_length
-        left = self.buffers.max_tokens - count
-        lengths = []
-        for _ in range(count):
-            lengths.append(1 + min(left, longest - 1))
-            left -= lengths[-1] - 1
-        return StepPlan(tuple(self._dummy_row(length) for length in lengths))
+        return self._largest(self.buffers.max_tokens, self.buffers.max_rows)
+
+    def largest_mixed(self) -> StepPlan:
+        """The largest step with prompts that is captured."""
+        num_rows = min(self.buffers.max_rows, max(1, self._most_tokens // 2))
+        return self._largest(max(num_rows, self._most_tokens - 1), num_rows)
 
     def largest_decode(self) -> StepPlan:
         return StepPlan((self._dummy_row(1),) * self.buffers.max_rows)
+
+    def _largest(self, num_tokens: int, num_rows: int) -> StepPlan:
+        left, lengths = num_tokens - num_rows, []
+        for _ in range(num_rows):
+            lengths.append(1 + min(left, self.buffers.max_length - 1))
+            left -= lengths[-1] - 1
+        return StepPlan(tuple(self._dummy_row(length) for length in lengths))
 
     def small_steps(self) -> tuple[StepPlan, ...]:
         """A prompt, and one that goes on behind what is cached, both of an odd number of tokens.
@@ -205,7 +246,7 @@ class AsyncModelRunner(ModelRunner):
 
     def _launch_plain(self, plan: StepPlan, plain: PlainRows, began: Event | None) -> PendingStep:
         ending: _Ending = "greedy" if plain.is_greedy else "drawn"
-        self._run_bucket(ending, *self._fill(plan, plain))
+        self._run_bucket(ending, *self._fill(plan, plain, ending))
         self._places = plain.places
         outcome = self._outcomes[0]
         self._outcomes.append(self._outcomes.pop(0))
@@ -248,10 +289,10 @@ class AsyncModelRunner(ModelRunner):
             self._tracer.span("gpu", "step", *times, {"tokens": plan.num_tokens, "sequences": len(plan.rows)})
 
     def _logits(self, plan: StepPlan) -> Tensor:
-        bucket, width, inputs = self._fill(plan, None)
+        bucket, inputs = self._fill(plan, None, "hidden")
         if bucket is None:
             return self._forward(inputs)
-        hidden = self._run_bucket("hidden", bucket, width, inputs)
+        hidden = self._run_bucket("hidden", bucket, inputs)
         return self.model.logits(hidden, inputs.logits_ids[: sum(row.wants_logits for row in plan.rows)])
 
     def _choose(self, plan: StepPlan, logits: Tensor) -> StepResult:
@@ -267,37 +308,63 @@ class AsyncModelRunner(ModelRunner):
         self._latest = PendingStep(finish, self._latest)
         return self._latest
 
-    def _fill(self, plan: StepPlan, plain: PlainRows | None) -> tuple[int | None, int, StepInputs]:
-        bucket = None
-        if all(len(row.token_ids) == 1 for row in plan.rows):
-            bucket = bucket_for(len(plan.rows), self._buckets)
+    def _fill(self, plan: StepPlan, plain: PlainRows | None, ending: _Ending) -> tuple[_Bucket | None, StepInputs]:
         longest = max(len(block_ids) for row in plan.rows for block_ids in row.block_ids)
         width = next(width for width in self._widths if width >= longest)
         draws = None if plain is None else plain.draws(plan.rows)
-        return bucket, width, self.buffers.fill(plan, self._last_token, bucket, width=width, draws=draws)
+        bucket = self._bucket_for(plan, width, ending)
+        if bucket is None:
+            return None, self.buffers.fill(plan, self._last_token, width=width, draws=draws)
+        return bucket, self._fill_bucket(plan, bucket, draws)
 
-    def _run_bucket(self, ending: _Ending, bucket: int | None, width: int, inputs: StepInputs) -> Tensor:
+    def _fill_bucket(self, plan: StepPlan, bucket: _Bucket, draws: Columns | None) -> StepInputs:
+        tokens = bucket.tokens if bucket.is_mixed else None
+        return self.buffers.fill(
+            plan, self._last_token, bucket.rows, num_tokens=tokens, width=bucket.width, draws=draws
+        )
+
+    def _bucket_for(self, plan: StepPlan, width: int, ending: _Ending) -> _Bucket | None:
+        """None for a step that is not captured, or not yet."""
+        if not self._buckets:
+            return None
+        if plan.num_tokens == len(plan.rows):
+            rows = bucket_for(len(plan.rows), self._buckets)
+            return None if rows is None else _Bucket(rows, rows, width, ending)
+        size = padded_mixed(plan.num_tokens, len(plan.rows), self.buffers.max_rows, self._most_tokens)
+        if ending == "hidden" or size is None or not self._has_room(plan, size[0], width):
+            return None
+        bucket = _Bucket(*size, width, ending)
+        if bucket in self._captured:
+            return bucket
+        self._times[bucket] += 1
+        num_mixed = sum(captured.is_mixed for captured in self._captured)
+        return bucket if self._times[bucket] > _UNCAPTURED_STEPS and num_mixed < _MOST_MIXED else None
+
+    def _has_room(self, plan: StepPlan, num_tokens: int, width: int) -> bool:
+        """Whether one row can take all tokens that are added."""
+        return num_tokens - plan.num_tokens <= width * self.buffers.block_size
+
+    def _run_bucket(self, ending: _Ending, bucket: _Bucket | None, inputs: StepInputs) -> Tensor:
         """What `_run` does, from a captured step where there is a bucket."""
         if bucket is None:
             return self._run(ending, inputs)
-        key = bucket, width, ending
         try:
-            graph = self._captured.get(key) or self._capture(key, inputs)
+            graph = self._captured.get(bucket) or self._capture(bucket, inputs)
         except NotRecordable as reason:
             self._buckets = ()
-            _log.warning("decode steps are not captured, which costs time: %s", reason)
+            _log.warning("steps are not captured, which costs time: %s", reason)
             return self._run(ending, inputs)
         return graph.run(inputs)
 
-    def _capture(self, key: tuple[int, int, _Ending], inputs: StepInputs) -> CudaStepGraph:
+    def _capture(self, bucket: _Bucket, inputs: StepInputs) -> CudaStepGraph:
         # The step runs before it is captured, and would then go on from the tokens that it chose itself.
         chosen = self.buffers.chosen.clone()
         try:
             with self._tuning.used():  # it measures in the run before, and never while it is captured
-                graph = CudaStepGraph(functools.partial(self._run, key[-1]), inputs, self._accelerator)
+                graph = CudaStepGraph(functools.partial(self._run, bucket.ending), inputs, self._accelerator)
         finally:
             self.buffers.chosen.copy_(chosen)
-        self._captured[key] = graph
+        self._captured[bucket] = graph
         return graph
 
     def _run(self, ending: _Ending, inputs: StepInputs) -> Tensor:

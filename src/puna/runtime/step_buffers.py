@@ -112,7 +112,8 @@ class StepBuffers:
         self._num_windows, self._reports_prompts = num_windows, reports_prompts
         self._accelerator = accelerator
         self._tables = BlockTables(max_rows, max_blocks, num_windows)
-        largest = StepSize(self.max_tokens, max_rows, self.max_tokens, max_blocks)
+        # A row more for padding: see `fill`.
+        largest = StepSize(self.max_tokens, max_rows + 1, self.max_tokens, max_blocks)
         num_bytes = _parts(largest, num_windows, accelerator is not None)[-1].end
         if accelerator is None:
             self._storage = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -136,6 +137,7 @@ class StepBuffers:
         pending_token: Callable[[int], int] = int,
         num_rows: int | None = None,
         *,
+        num_tokens: int | None = None,
         width: int | None = None,
         draws: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> StepInputs:
@@ -143,9 +145,11 @@ class StepBuffers:
         in `chosen`.
 
         With `num_rows`, rows of one token in the dummy block are added up to that count; all of the plan's must be of
-        one token too. There are as many logits_ids then: those of any rows follow the ones that are wanted. `width` is
-        that of the block tables; None: as wide as needed, or with `num_rows` as all can be. `draws` has the columns of
-        Draws, for the rows whose logits are wanted, if an accelerator is to choose their tokens.
+        one token too, unless `num_tokens` says up to which count there are tokens: the last one of the added rows takes
+        what the others leave, for which its blocks must have room. There are as many logits_ids as rows then, or
+        max_rows: those of any tokens follow the ones that are wanted. `width` is that of the block tables; None: as
+        wide as needed, or with `num_rows` as all can be. `draws` has the columns of Draws, for the rows whose logits
+        are wanted, if an accelerator is to choose their tokens.
 
         Raises ValueError for an empty plan, and for a row whose blocks have no room for its tokens.
         """
@@ -174,7 +178,7 @@ class StepBuffers:
             width = int(num_blocks.max()) if num_rows is None else self.max_blocks
         size = StepSize(total, count, len(wanted), width)
         if num_rows is not None:
-            size = StepSize(num_rows, num_rows, num_rows, width)
+            size = StepSize(num_tokens or num_rows, num_rows, min(num_rows, self.max_rows), width)
         side = self._sides[0]
         self._sides.reverse()
         side.wait()
@@ -202,7 +206,7 @@ class StepBuffers:
                 host[name][: len(column)] = column
                 host[name][len(column) :] = 0  # for padded rows: greedy
         if num_rows is not None:
-            self._pad(host, total, num_rows, len(wanted))
+            self._pad(host, total, count, len(wanted), size)
         if self._accelerator is not None:
             num_bytes = self._parts_of(size)[-1].end
             self._accelerator.copy(self._storage[:num_bytes], side.bytes[:num_bytes])
@@ -217,15 +221,19 @@ class StepBuffers:
             inputs = dataclasses.replace(inputs, attention_params=params)
         return inputs
 
-    def _pad(self, host: Mapping[str, Ints], count: int, num_rows: int, num_wanted: int) -> None:
-        rest = slice(count, num_rows)
+    def _pad(self, host: Mapping[str, Ints], num_tokens: int, count: int, num_wanted: int, size: StepSize) -> None:
+        rest, added = slice(num_tokens, size.tokens), slice(count, size.rows)
         host["tokens"][rest] = host["position_ids"][rest] = 0
-        host["rotary_lengths"][rest] = host["sequence_lengths"][rest] = 1
+        host["rotary_lengths"][rest] = host["sequence_lengths"][added] = 1
         for i in range(self._num_windows):
             host[f"slot_mapping{i}"][rest] = DUMMY_BLOCK * self.block_size
-            host[f"block_tables{i}"][rest] = DUMMY_BLOCK
-        host["query_starts"][count : num_rows + 1] = np.arange(count, num_rows + 1)
-        host["logits_ids"][num_wanted:] = np.arange(num_wanted, num_rows)
+            host[f"block_tables{i}"][added] = DUMMY_BLOCK
+        if count < size.rows:
+            last = num_tokens + size.rows - count - 1
+            host["query_starts"][count : size.rows] = np.arange(num_tokens, last + 1)
+            host["query_starts"][size.rows] = size.tokens
+            host["sequence_lengths"][size.rows - 1] = size.tokens - last
+        host["logits_ids"][num_wanted:] = np.arange(num_wanted, size.logits)
 
     def _parts_of(self, size: StepSize) -> tuple[_Part, ...]:
         return _parts(size, self._num_windows, self._accelerator is not None)

@@ -1,4 +1,4 @@
-"""Decode steps by bucket: which batch sizes a step is padded to, and what runs a padded step."""
+"""Steps by bucket: which sizes a step is padded to, and what runs a padded step."""
 
 from __future__ import annotations
 
@@ -34,8 +34,23 @@ def bucket_for(num_rows: int, buckets: tuple[int, ...]) -> int | None:
     return next((bucket for bucket in buckets if bucket >= num_rows), None)
 
 
+def padded_mixed(num_tokens: int, num_rows: int, max_rows: int, most_tokens: int) -> tuple[int, int] | None:
+    """Tokens and rows that a step with prompts is padded to, an eighth more at most where there are many of them; None
+    where that is more than `most_tokens`. There is a row more than the step has, which takes the tokens that are added.
+    """
+    rows = min(_eighths(num_rows + 1, 4), max_rows + 1)
+    tokens = _eighths(num_tokens + rows - num_rows, 16)
+    return (tokens, rows) if tokens <= most_tokens else None
+
+
+def _eighths(number: int, least: int) -> int:
+    """Rounded up to a multiple of `least`, or of an eighth of the power of two below it."""
+    step = max(least, 1 << max(0, number.bit_length() - 4))
+    return -(-number // step) * step
+
+
 class StepGraph(Protocol):
-    """A decode step of one bucket, ready to run again and again over the same buffers."""
+    """A step of one bucket, ready to run again and again over the same buffers."""
 
     def run(self, inputs: StepInputs) -> Tensor:
         """Logits [R, V] of the tokens that the inputs want, to be read before the next step."""
