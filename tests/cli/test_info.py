@@ -233,6 +233,28 @@ def test_what_is_wrong_is_told_with_what_is_known(
     assert problem in next(line for line in text.splitlines() if line.startswith("supported"))
 
 
+@pytest.mark.parametrize("devices", [("cuda",), ("cpu", "cuda")])
+def test_a_device_without_what_a_model_needs_is_no_problem_while_another_has_it(
+    puna: Run, random_model: Any, monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...]
+) -> None:
+    from puna.cli import model_report
+
+    loader_for = model_report.weights_loader
+
+    def weights_loader(checkpoint: Any, config: Any, comm: Any, *rest: Any) -> Any:
+        if comm.device.type in devices:
+            raise ValueError(f"{comm.device.type} has no kernels for it")
+        return loader_for(checkpoint, config, comm, *rest)
+
+    monkeypatch.setattr(model_report, "weights_loader", weights_loader)
+    monkeypatch.setattr(model_report, "usable_device", lambda device: torch.device("cuda"))
+    report = json.loads(puna("info", random_model, "--json").out)
+    assert report["ops_on_cuda"] == {}
+    assert bool(report["ops_on_cpu"]) == report["supported"] == (devices == ("cuda",))
+    assert report.get("problem") == (None if report["supported"] else "cpu has no kernels for it")
+    assert "none: cuda has no kernels for it" in puna("info", random_model).out
+
+
 def test_no_weight_is_read(puna: Run, random_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from puna.checkpoints.hugging_face import HuggingFaceCheckpoint
 

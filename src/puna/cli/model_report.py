@@ -225,16 +225,21 @@ def _describe_engine(report: ModelReport, engine: EngineDirectory) -> None:
 
 
 def _describe_ops(report: ModelReport, checkpoint: Checkpoint, config: LLaMAConfig) -> None:
-    """What would compute each op here: on the CPU, and on the GPU if there is one."""
-    for device in dict.fromkeys(("cpu", usable_device("auto").type)):
+    """What would compute each op here: on the CPU, and on the GPU if there is one. It is a problem if neither can."""
+    refusals = []
+    devices = tuple(dict.fromkeys(("cpu", usable_device("auto").type)))
+    for device in devices:
         comm, limits = NullCommunicator(device), EngineConfig()
         try:
             loader = weights_loader(checkpoint, config, comm, None, limits)
         except ValueError as error:
-            report.problem = str(error)
-            return
+            refusals.append(str(error))
+            report.add(f"ops on {device}", f"none: {error}", {})
+            continue
         choices = op_choices(loader, comm, limits, reports_prompts=device != "cpu")
         report.add(f"ops on {device}", in_words(choices), {one.op: one.backend for one in choices})
+    if len(refusals) == len(devices):
+        report.problem = refusals[0]
 
 
 def part_of(name: str) -> str:
